@@ -1,0 +1,111 @@
+"""Every setting there is, with its default; the other files in this folder start from here.
+
+Command: `mila train --config=configs/default.py --config.data.dir=DIR`. The model is the 1.2 B parameter STDiT3-XL/2 layout
+over 224×400 images; chips, memory per chip and FLOPs per step: not measured. Use `configs/tiny.py` on one machine.
+
+Settings are changed on the command line by their path, `--config.train.steps=100`. Sizes that must agree with each other are
+checked before anything is compiled.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """The full tree of settings."""
+    c = ConfigDict()
+    c.seed = 0
+
+    # The simulated world, written in nuScenes' format (`mila simulate`).
+    c.simulate = ConfigDict()
+    c.simulate.scenes = 8
+    c.simulate.val_scenes = 1  # the last ones
+    c.simulate.seconds = 20.0
+    c.simulate.height = 224  # pixels of each camera's image
+    c.simulate.width = 400
+    c.simulate.seed = 0
+    c.simulate.jpeg_quality = 92
+
+    # Images → latents, texts → tokens (`mila prepare`).
+    c.data = ConfigDict()
+    c.data.nuscenes = placeholder(str)  # folder of a nuScenes v1.0 data set, real or simulated
+    c.data.version = "v1.0-sim"
+    c.data.dir = placeholder(str)  # folder of the encoded data set
+    c.data.image_size = (224, 400)  # pixels (height, width); images of another size are resized
+    c.data.encode_batch = 24  # images at a time
+
+    c.autoencoder = ConfigDict()
+    c.autoencoder.path = placeholder(str)  # .safetensors of a trained autoencoder; none: the shipped one for simulated frames
+
+    c.text = ConfigDict()
+    c.text.encoder = "auto"  # minilm | table | auto (minilm if its weights are installed)
+    c.text.length = 32  # tokens
+
+    c.model = ConfigDict()
+    c.model.width = 1152
+    c.model.depth = 28  # pairs of a spatial and a temporal block
+    c.model.heads = 16
+    c.model.patch = (1, 2, 2)
+    c.model.mlp_ratio = 4.0
+    c.model.input_sq_size = 512
+    c.model.pred_sigma = False
+    c.model.qk_norm = True
+    c.model.fourier_bands = 8
+    c.model.precondition = "none"  # none | temporal (mila_jax/model/precondition.py)
+    c.model.dtype = "bfloat16"
+    c.model.remat = "block"
+
+    # A window and its noise (method.md: TPD, JDC). Training and generation share these.
+    c.window = ConfigDict()
+    c.window.frames = 8  # T, conditioning frames included
+    c.window.conditioning = 2  # N clean first frames at 12 Hz
+    c.window.anchor_stride = 6  # 12 Hz frames from one anchor to the next: 6 = anchors at 2 Hz
+    c.window.anchor_error = 0.15  # a: how wrong a coarse anchor is taken to be (reconstructed)
+    c.window.anchor_level = 0.4  # σ_a: noise level from which an anchor is corrected; at least anchor_error (reconstructed)
+    c.window.tpd_family = "exponential"  # power | rational | exponential
+    c.window.tpd_strength = 0.5  # α; 0 = all frames at one level (family and strength reconstructed)
+
+    c.train = ConfigDict()
+    c.train.dir = placeholder(str)  # checkpoints, metrics, config
+    c.train.steps = 20_000
+    c.train.minutes = 0.0  # > 0: stop cleanly after so many minutes
+    c.train.batch = 64  # samples a step, over all devices
+    c.train.learning_rate = 1e-4
+    c.train.warmup = 1000  # steps, linear
+    c.train.decay = False  # cosine to a twentieth of the learning rate at train.steps
+    c.train.beta2 = 0.999
+    c.train.weight_decay = 0.0
+    c.train.epsilon = 1e-15
+    c.train.clip = 1.0  # global gradient norm
+    c.train.ema = 0.999  # warmed up: min(ema, (1 + step) / (10 + step))
+    c.train.level = "logit-normal"  # how σ is drawn: logit-normal | uniform
+    c.train.tpd_rate = 0.5  # share of samples whose frames have TPD-shaped levels instead of one level for all
+    c.train.text_drop = 0.1
+    c.train.waypoint_drop = 0.1
+    c.train.fps = (12.0, 2.0, 1.0)  # rates of the generated frames …
+    c.train.fps_weights = (0.6, 0.35, 0.05)  # … and their shares
+    c.train.anchor_rate = 0.7  # share of 12 Hz samples that have a tail anchor …
+    c.train.anchor_noisy = 0.75  # … of which so many are to be corrected (stage 3), the others are clean
+    c.train.checkpoint_every = 500
+    c.train.keep = 2
+    c.train.log_every = 20
+    c.train.eval_every = 500  # loss at 10 fixed noise levels on held-out clips; 0 = never
+    c.train.eval_batches = 2
+    c.train.init_from = placeholder(str)  # weights (.safetensors of `mila`) to start from
+
+    c.generate = ConfigDict()
+    c.generate.weights = placeholder(str)  # .safetensors or a training folder; none: the shipped model
+    c.generate.steps = 50
+    c.generate.strategy = "coarse_to_refine"  # recurrent | divide_and_conquer | coarse_to_refine
+    c.generate.guidance_text = 1.0  # 1 = none
+    c.generate.guidance_waypoints = 1.0
+    c.generate.shift = 1.0  # timestep shift R: times t → R t / (1 + (R - 1) t)
+    c.generate.decode_batch = 24  # images at a time
+
+    # Devices: sizes of the mesh axes; -1 = all that are left.
+    c.mesh = ConfigDict()
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.context = 1
+    c.mesh.tensor = 1
+    return c

@@ -1,0 +1,28 @@
+"""The embedded model: 64×112 pixels a view, 28 tokens a view, 8-frame windows; the weights in mila_jax/weights are of this.
+
+Command: `mila train --config=configs/tiny.py --config.data.dir=DIR --config.train.dir=DIR`. One machine: two CPU cores, one TPU
+chip or one GPU. Trained parameters, speed and what it reaches: see mila_jax/weights/MODEL_CARD.md. TPU figures: not measured.
+"""
+
+from configs import default
+
+
+def get_config():
+    """Settings of the embedded model."""
+    c = default.get_config()
+    c.simulate.height, c.simulate.width = 64, 112
+    c.data.image_size = (64, 112)
+    c.text.length = 16
+    c.model.width, c.model.depth, c.model.heads = 96, 4, 3
+    c.model.input_sq_size = 64
+    c.model.precondition = "temporal"
+    c.model.dtype, c.model.remat = "float32", "none"
+    c.train.batch = 8
+    c.train.learning_rate = 2e-3
+    c.train.warmup = 200
+    c.train.beta2 = 0.99
+    c.train.decay = True
+    c.train.checkpoint_every = 250
+    c.train.eval_every = 500
+    c.generate.steps = 12
+    return c

@@ -1,0 +1,129 @@
+"""Writes simulated drives in the official nuScenes v1.0 on-disk format.
+
+    <root>/<version>/*.json           the 13 tables, put together when all scenes are done
+    <root>/<version>/scenes/*.json    each finished scene's rows: what makes an interrupted run go on where it stopped
+    <root>/<version>/splits.json      {"train": [names], "val": [names]}: nuScenes has no split for these scenes
+    <root>/<version>/simulator.json   the settings that every scene of this data set was made with
+    <root>/samples, <root>/sweeps     keyframes and the frames between them, JPEG; keyframe lidar points, .pcd.bin
+    <root>/maps                       one mask per location
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import tqdm
+
+from data_pipeline.simulator import tables
+from data_pipeline.simulator.scene import scene_name, write_scene
+from mila_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatorConfig:
+    """What to simulate. Sizes in pixels, lengths in seconds; the first `val_scenes` scenes form the validation split, so
+    that adding scenes later moves none from one split to the other."""
+
+    scenes: int = 8
+    seconds: float = 20.0
+    height: int = 64
+    width: int = 112
+    seed: int = 0
+    jpeg_quality: int = 92
+    version: str = "v1.0-sim"
+    val_scenes: int = 1
+
+
+def simulate(root, config: SimulatorConfig, progress: bool = True, world_factory=None, renderer_factory=None) -> None:
+    """Writes the data set `config` describes under `root`; scenes that are complete there are reused.
+
+    world_factory(seed, index, seconds) -> World and renderer_factory(world, rig, height, width) -> Renderer default to the
+    simulator's own. The same config gives the same bytes. Raises UserError when `root` holds a data set made with other
+    settings (more scenes are no other setting), when it cannot be written, and for settings that make no sense.
+    """
+    check(config)
+    if world_factory is None:
+        from data_pipeline.simulator.world import make_world as world_factory
+    if renderer_factory is None:
+        from data_pipeline.simulator.render import Renderer as renderer_factory
+    from data_pipeline.simulator.rig import load_rig
+
+    root, rig = Path(root), load_rig()
+    home = root / config.version
+    try:
+        claim(home, config)
+        partials = []
+        bar = tqdm.tqdm(range(1, config.scenes + 1), desc="simulate", unit="scene", disable=not progress)
+        for index in bar:
+            path = home / "scenes" / f"{scene_name(index)}.json"
+            partial = finished_scene(root, path)
+            if partial is None:
+                world = world_factory(config.seed, index, config.seconds)
+                renderer = renderer_factory(world, rig, config.height, config.width)
+                partial = write_scene(root, config, index, world, rig, renderer)
+                tables.write_json(path, partial)
+            partials.append(partial)
+        tables.assemble(root, config.version, partials)
+        names = [scene_name(i) for i in range(1, config.scenes + 1)]
+        tables.write_json(home / "splits.json", {"train": names[config.val_scenes :], "val": names[: config.val_scenes]})
+    except OSError as error:
+        where = error.filename or root
+        raise UserError(f"cannot write the simulated data set: {where}: {error.strerror}; choose another folder") from error
+
+
+def check(config: SimulatorConfig) -> None:
+    """Raises UserError naming the key when a setting makes no sense."""
+    if config.scenes < 1:
+        raise UserError(f"simulator.scenes={config.scenes}: at least 1 scene is needed")
+    if not 0 <= config.val_scenes <= config.scenes:
+        raise UserError(f"simulator.val_scenes={config.val_scenes} must lie between 0 and simulator.scenes={config.scenes}")
+    if config.seconds < 1:
+        raise UserError(f"simulator.seconds={config.seconds}: a scene needs at least 1 s to hold two keyframes")
+    if config.height < 8 or config.width < 8:
+        raise UserError(f"simulator.height={config.height}, simulator.width={config.width}: at least 8 pixels each")
+
+
+def claim(home: Path, config: SimulatorConfig) -> None:
+    """Marks `home` as holding data of `config`; UserError when it holds data made with other settings."""
+    wanted = dataclasses.asdict(config)
+    for extendable in ("scenes", "val_scenes"):
+        del wanted[extendable]
+    path = home / "simulator.json"
+    if path.exists():
+        found = tables.read_json(path)
+        different = [k for k in wanted if found.get(k) != wanted[k]]
+        if different:
+            was = ", ".join(f"{k}={found.get(k)!r}" for k in different)
+            now = ", ".join(f"{k}={wanted[k]!r}" for k in different)
+            raise UserError(f"{home} was simulated with {was}, now asked for {now}; use --fresh or another folder")
+    elif (home / "scene.json").exists():
+        raise UserError(f"{home} holds a nuScenes data set that the simulator did not write; choose another folder")
+    else:
+        tables.write_json(path, wanted)
+
+
+def remove(root, version: str) -> None:
+    """Deletes the simulated data set `version` under `root` (what --fresh does); UserError when the simulator did not write it."""
+    root = Path(root)
+    if not root.exists():
+        return
+    if not (root / version / "simulator.json").exists():
+        raise UserError(f"{root / version} was not written by the simulator and is not deleted; choose another folder")
+    others = [p for p in root.glob("*/sample_data.json") if p.parent.name != version]
+    if not others:
+        for name in (version, "samples", "sweeps", "maps"):
+            shutil.rmtree(root / name, ignore_errors=True)
+        return
+    # Another data set shares the image folders: take away only what the scenes of this one name.
+    for path in (root / version / "scenes").glob("*.json"):
+        for row in tables.read_json(path)["sample_data"]:
+            (root / row["filename"]).unlink(missing_ok=True)
+    shutil.rmtree(root / version)
+
+
+def finished_scene(root: Path, path: Path):
+    """The stored rows of a scene, or None when it must be made (again): no rows, or one of its files is gone."""
+    if not path.exists():
+        return None
+    partial = tables.read_json(path)
+    return partial if all((root / row["filename"]).exists() for row in partial["sample_data"]) else None

@@ -1,0 +1,132 @@
+"""The command `mila`: `mila COMMAND [options] [--config=FILE] [--config.KEY=VALUE …]`.
+
+Each command is a thin layer over a function of the package. Imports are inside the commands, so that `--help`, `doctor` and
+errors in the arguments answer at once.
+"""
+
+import argparse
+import sys
+
+from mila_jax.config import DEFAULT, load_config
+from mila_jax.errors import UserError
+
+EXAMPLES = """examples:
+  mila demo                                            the whole job on simulated streets, ends with a report
+  mila simulate --out=DIR                              a simulated data set in nuScenes' format
+  mila prepare --config.data.nuscenes=DIR --config.data.dir=DIR     images and texts to latents and tokens
+  mila train --config.data.dir=DIR --config.train.dir=DIR
+  mila generate --data=DIR --scene=scene-0008 --seconds=8 --out=DIR
+  mila generate --frames=FOLDER --waypoints=left --text="Rain, turn left" --seconds=8 --out=DIR
+  mila evaluate --config.data.dir=DIR --out=FILE
+  mila doctor                                          what is installed, what is missing and how to get it
+
+Every setting of the config can be changed: --config.train.steps=100 (configs/default.py lists them all).
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mila", description="MiLA, a six-view driving-video world model in JAX.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name, help_, config=DEFAULT):
+        sub = commands.add_parser(name, help=help_, description=help_, allow_abbrev=False)
+        sub.add_argument("--config", default=config, metavar="FILE", help=f"settings (default {config})")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        return sub
+
+    demo = command("demo", "the main job on the embedded default: simulate, encode, train, generate, report", "configs/demo.py")
+    demo.add_argument("--out", default="runs/demo", metavar="DIR")
+    demo.add_argument("--fresh", action="store_true", help="start over instead of reusing what is finished")
+    demo.add_argument("--from-scratch", action="store_true", help="train from random weights instead of the shipped ones")
+    demo.add_argument("--seconds", type=float, default=10.0, help="length of the generated video")
+    simulate = command("simulate", "write a simulated data set in nuScenes' format")
+    simulate.add_argument("--out", required=True, metavar="DIR")
+    command("prepare", "encode a nuScenes data set (config.data.nuscenes) into latents and tokens (config.data.dir)")
+    command("train", "train on an encoded data set; goes on where an earlier run in config.train.dir stopped")
+    generate = command("generate", "generate a six-view video")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="DIR", help="encoded data set; first frames, cameras and text come from --scene")
+    source.add_argument("--frames", metavar="DIR", help="folder of first frames: CAM_FRONT/*.jpg or CAM_FRONT*.jpg, and so on")
+    generate.add_argument("--scene", metavar="NAME")
+    generate.add_argument("--start", type=float, default=1.0, help="seconds into the scene of the last given frame")
+    generate.add_argument("--waypoints", default=None, metavar="W", help="scene, a .csv or .json file, or straight, left, right, stop")
+    generate.add_argument("--speed", type=float, default=8.0, help="m/s at the start of a named manoeuvre")
+    generate.add_argument("--text", default=None, help="scene description")
+    generate.add_argument("--seconds", type=float, default=8.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--out", required=True, metavar="DIR")
+    generate.add_argument("--per-view", action="store_true", help="one mp4 for each camera as well")
+    evaluate = command("evaluate", "reconstruction PSNR of the autoencoder and FD-EffNetLite0 of generated against recorded video")
+    evaluate.add_argument("--out", default=None, metavar="FILE", help="write the scores as JSON")
+    evaluate.add_argument("--clips", type=int, default=4, help="held-out clips to generate")
+    evaluate.add_argument("--seconds", type=float, default=2.0, help="length of each")
+    command("doctor", "versions, devices, memory, what is missing and how to get it")
+    return parser
+
+
+def _run(options, config) -> int:
+    from mila_jax.runtime import setup
+
+    setup()
+    progress = not options.quiet
+    if options.command == "demo":
+        from mila_jax.demo import demo
+
+        print(demo(config, options.out, fresh=options.fresh, from_scratch=options.from_scratch, seconds=options.seconds, progress=progress))
+    elif options.command == "simulate":
+        from mila_jax.prepare import simulate_from_config
+
+        simulate_from_config(config, options.out, progress=progress)
+        print(options.out)
+    elif options.command == "prepare":
+        from mila_jax.prepare import prepare
+
+        prepare(config, progress=progress)
+        print(config.data.dir)
+    elif options.command == "train":
+        from mila_jax.train.loop import train
+
+        outcome = train(config, progress=progress)
+        print(f"{outcome.step} steps; {'finished' if outcome.finished else 'stopped by train.minutes; run again to go on'}")
+        print(outcome.model)
+    elif options.command == "generate":
+        from mila_jax.generate import generate_command
+
+        print(generate_command(config, options, progress=progress))
+    elif options.command == "evaluate":
+        from mila_jax.scores import evaluate_command
+
+        evaluate_command(config, clips=options.clips, seconds=options.seconds, out=options.out, progress=progress)
+    elif options.command == "doctor":
+        from mila_jax import doctor
+
+        return doctor.main()
+    return 0
+
+
+def main(argv=None) -> int:
+    """Entry point; returns the exit code: 0, 2 for a mistake that the user can put right, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    unknown = [argument for argument in rest if not (argument.startswith("--config.") and "=" in argument)]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}; settings are written --config.KEY=VALUE; see mila {options.command} --help")
+    try:
+        return _run(options, load_config(options.config, rest))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished work is kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

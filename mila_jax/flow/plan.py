@@ -1,0 +1,172 @@
+"""The plan of a long video: which frames each window holds, in NumPy, before anything is computed (paper 3.2).
+
+Frames are numbered at the video's rate, 0 = the last given frame; numbers ≤ 0 are given, 1 … F are generated. Stages:
+
+- bootstrap (only if fewer first frames are given than a window conditions on): one window [given, noise …] at the video's rate;
+  what it generates is the start of the video.
+- coarse (strategies with anchors): windows [N conditioning frames, S = T − N anchors, M frames apart]. Later coarse windows
+  condition on the last N frames of the one before, which are anchors: their times, M frames apart, are in the plan.
+- refine: windows [last N frames of the video, T − N new frames]; with anchors T − N = M, so the last new frame is an anchor:
+  noisy and corrected (coarse_to_refine) or kept as it is (divide_and_conquer). Without anchors (recurrent) it is plain continuation.
+
+Coarse-to-(re)fine thus is the recurrent strategy plus an anchor at the end of each window; a corrected anchor is part of the
+video and the last conditioning frame of the next window.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from mila_jax.errors import UserError
+
+STRATEGIES = ("recurrent", "divide_and_conquer", "coarse_to_refine")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Windows:
+    """All windows of one stage, of one shape.
+
+    `indices [W, T]`: frame numbers; `clean [T]` bool: frames not denoised (kept anchors included), the same in all windows;
+    `conditioning`: clean first frames; `anchor`: position of the noisy tail anchor or None; `kept_anchor`: position of a tail
+    anchor that stays as it is, or None; `fps`: rate of the generated frames (what the network's fps input is told);
+    `video_fps`: rate that `indices` count in.
+    """
+
+    indices: np.ndarray
+    clean: np.ndarray
+    conditioning: int
+    anchor: int | None
+    kept_anchor: int | None
+    fps: float
+    video_fps: float
+
+    @property
+    def count(self) -> int:
+        """Number of windows W."""
+        return len(self.indices)
+
+    @property
+    def clean_mask(self) -> np.ndarray:
+        """`[W, T]` bool, `clean` for each window."""
+        return np.broadcast_to(self.clean, self.indices.shape)
+
+    @property
+    def reference(self) -> np.ndarray:
+        """`[W]`: number of each window's last conditioning frame; waypoints are relative to the ego pose there."""
+        return self.indices[:, self.conditioning - 1]
+
+    @property
+    def times(self) -> np.ndarray:
+        """`[W, T]` seconds after the last given frame (float64)."""
+        return self.indices / self.video_fps
+
+    @property
+    def frame_times(self) -> np.ndarray:
+        """`[W, T]` seconds relative to each window's reference, as in training clips (float64)."""
+        return (self.indices - self.reference[:, None]) / self.video_fps
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RolloutPlan:
+    """What `rollout` will do. `frames` F, `window` T, `conditioning` N, `anchor_stride` M, `given` G; stages as `Windows` or None."""
+
+    strategy: str
+    frames: int
+    fps: float
+    window: int
+    conditioning: int
+    anchor_stride: int
+    given: int
+    bootstrap: Windows | None
+    coarse: Windows | None
+    refine: Windows | None
+
+    @property
+    def stages(self) -> dict[str, Windows]:
+        """The stages that have windows, in order, by name: bootstrap, coarse, refine."""
+        named = {"bootstrap": self.bootstrap, "coarse": self.coarse, "refine": self.refine}
+        return {name: windows for name, windows in named.items() if windows is not None}
+
+    @property
+    def horizon(self) -> float:
+        """Seconds after the last given frame of the last frame in any window: conditions (waypoints, cameras) must reach this far.
+
+        It may exceed the video: windows have one shape, what is generated beyond frame F is cut.
+        """
+        return max(float(windows.times.max()) for windows in self.stages.values())
+
+    @property
+    def anchors(self) -> int:
+        """Number of anchors used (0 without)."""
+        return self.refine.count if self.coarse is not None and self.refine is not None else 0
+
+
+def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: int, anchor_stride: int | None = None,
+                 strategy: str = "coarse_to_refine", given: int | None = None) -> RolloutPlan:
+    """Plans a video of `frames` generated frames at `fps` per view.
+
+    `window` T frames; `conditioning` N clean ones at its head; `anchor_stride` M frames between anchors (default T − N);
+    `given` number of first frames there are (default N; more than N is fine, the last N are used). `frames` need not be a multiple
+    of anything. Raises UserError, naming the key, for sizes that do not fit.
+    """
+    anchor_stride = window - conditioning if anchor_stride is None else anchor_stride
+    given = conditioning if given is None else given
+    _check(frames, fps, window, conditioning, anchor_stride, strategy, given)
+    bootstrap, start = None, 0  # start: number of the last frame that exists before the refine stage
+    if given < conditioning:
+        bootstrap = _consecutive(np.array([0]), window, given, fps)
+        start = window - given
+    step = window - conditioning
+    count = max(0, -(-(frames - start) // step))
+    if count == 0:
+        return RolloutPlan(strategy, frames, fps, window, conditioning, anchor_stride, given, bootstrap, None, None)
+    refine = _consecutive(start + step * np.arange(count), window, conditioning, fps)
+    coarse = None
+    if strategy != "recurrent":
+        tail = window - 1
+        if strategy == "coarse_to_refine":
+            refine = dataclasses.replace(refine, anchor=tail)
+        else:
+            refine = dataclasses.replace(refine, kept_anchor=tail, clean=refine.clean | (np.arange(window) == tail))
+        coarse = _coarse(start, count, window, conditioning, anchor_stride, fps)
+    return RolloutPlan(strategy, frames, fps, window, conditioning, anchor_stride, given, bootstrap, coarse, refine)
+
+
+def _consecutive(references, window: int, conditioning: int, fps: float) -> Windows:
+    """Windows of consecutive frames whose last conditioning frames are `references [W]`."""
+    offsets = np.arange(window) - (conditioning - 1)
+    return Windows(np.asarray(references)[:, None] + offsets, np.arange(window) < conditioning, conditioning, None, None, fps, fps)
+
+
+def _coarse(start: int, anchors: int, window: int, conditioning: int, stride: int, fps: float) -> Windows:
+    """Coarse windows that give at least `anchors` anchors after frame `start`, `stride` frames apart."""
+    step = window - conditioning
+    count = -(-anchors // step)
+    row = [*range(start - conditioning + 1, start + 1), *(start + stride * (1 + np.arange(count * step)))]
+    indices = np.stack([row[number * step:number * step + window] for number in range(count)])
+    return Windows(indices, np.arange(window) < conditioning, conditioning, None, None, fps / stride, fps)
+
+
+def _check(frames, fps, window, conditioning, anchor_stride, strategy, given) -> None:
+    """Raises UserError for the first thing in a plan's sizes that cannot work."""
+    if strategy not in STRATEGIES:
+        raise UserError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
+    if frames < 1:
+        raise UserError(f"frames must be at least 1, got {frames}: ask for a longer video")
+    if not fps > 0:
+        raise UserError(f"fps must be positive, got {fps}")
+    if conditioning < 1:
+        raise UserError(f"conditioning must be at least 1 frame, got {conditioning}")
+    if window <= conditioning:
+        raise UserError(f"window ({window} frames) must be longer than its conditioning ({conditioning} frames)")
+    if given < 1:
+        raise UserError("at least one first frame per view must be given")
+    if strategy == "recurrent":
+        return
+    if anchor_stride < 1 or conditioning + anchor_stride != window:
+        raise UserError(
+            f"conditioning ({conditioning}) + anchor_stride ({anchor_stride}) must be the window ({window}) for strategy {strategy}: "
+            f"set anchor_stride = {window - conditioning}, or use strategy = recurrent"
+        )
+    if strategy == "divide_and_conquer" and anchor_stride < 2:
+        raise UserError("divide_and_conquer keeps every anchor, so anchor_stride must be at least 2: with 1 nothing is left to generate")

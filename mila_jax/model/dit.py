@@ -1,0 +1,211 @@
+"""The world model's backbone: Open-Sora 1.2's STDiT3 with joint multi-view spatial attention and MiLA's conditions.
+
+With one view and without the new embeddings it is exactly STDiT3 (hpcaitech/Open-Sora, branch opensora/v1.2,
+opensora/models/stdit/stdit3.py), whose published weights load (`mila_jax.model.stdit3_weights`). What MiLA adds (method.md):
+noise levels per frame and view, spatial attention over the patches of all views (eq. (3)), and camera, waypoint and frame-time
+embeddings summed onto the patch embedding (eqs. (1), (2)), whose last layers start at zero, so that the first step of a warm
+start equals the base model.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from mila_jax.errors import UserError
+from mila_jax.model.attention import CrossAttention, SelfAttention
+from mila_jax.model.conditions import Conditions
+from mila_jax.parallel.logical import constrain
+from mila_jax.model.layers import (
+    MLP, Linear, fourier, gelu_tanh, layer_norm, normal, parameter, position_table, rotary_tables, rotation_matrix, time_table, xavier, zeros,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes and switches of the backbone; the names of Open-Sora's config where it has them."""
+
+    width: int = 1152
+    depth: int = 28  # pairs of a spatial and a temporal block
+    heads: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns
+    in_channels: int = 4
+    out_channels: int = 4  # of the velocity
+    text_width: int = 4096
+    text_length: int = 300
+    mlp_ratio: float = 4.0
+    image_size: tuple[int, int] = (224, 400)  # pixels (height, width); scales the position table only
+    input_sq_size: int = 512
+    pred_sigma: bool = True  # published weights carry a second half of output channels that rectified flow never uses
+    qk_norm: bool = True
+    new_embeddings: bool = True  # camera, waypoint and frame-time embeddings
+    fourier_bands: int = 8
+    dtype: str = "float32"  # compute type
+    remat: str = "none"  # none | block: recompute each pair of blocks in the backward pass
+
+    def check(self) -> None:
+        """Raises `UserError` with the config key for sizes that cannot work."""
+        if self.width % self.heads:
+            raise UserError(f"model.width={self.width} is not a multiple of model.heads={self.heads}; change one of them")
+        if (self.width // self.heads) % 2:
+            raise UserError(f"model.width/model.heads={self.width // self.heads} must be even (rotary pairs); change model.heads")
+        if self.width % 4:
+            raise UserError(f"model.width={self.width} must be a multiple of 4 (position table); change model.width")
+        if self.remat not in ("none", "block"):
+            raise UserError(f"model.remat={self.remat!r} is unknown; use none or block")
+
+
+class Block(nnx.Module):
+    """One STDiT3 block: modulated self-attention, text cross-attention, modulated MLP; adaLN-single modulation per frame.
+
+    Axes of `mod`: [b, v, t, 6, d] in the order shift, scale, gate of the attention, then of the MLP.
+    """
+
+    def __init__(self, config: DiTConfig, temporal: bool, *, rngs: nnx.Rngs):
+        d, last = config.width, zeros if temporal else xavier  # temporal blocks start as identity, as published
+        self.temporal = temporal
+        self.table = parameter(rngs, (6, d), normal(d**-0.5), (None, "embed"))
+        self.attn = SelfAttention(d, config.heads, qk_norm=config.qk_norm, rngs=rngs, last=last)
+        self.cross = CrossAttention(d, config.heads, rngs=rngs, last=last)
+        self.mlp = MLP(d, int(d * config.mlp_ratio), d, rngs=rngs, activation=gelu_tanh, last=last)
+
+    def __call__(self, x, text, text_mask, mod, rotary):
+        """x [b, v, t, n, d], text [b, l, d] → [b, v, t, n, d]."""
+        b, v, t, n, _ = x.shape
+        mod = (mod + self.table[...])[..., None, :, :].astype(x.dtype)  # [b, v, t, 1, 6, d]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (mod[..., i, :] for i in range(6))
+        y = layer_norm(x) * (1 + scale_a) + shift_a
+        # Frames are independent in spatial attention, places in temporal attention: each splits over `context` its own way, and
+        # the compiler's all-to-alls between the two are the whole price.
+        if self.temporal:
+            y = constrain(y, "batch", None, None, "places", None)
+            y = self.attn(rearrange(y, "b v t n d -> (b v n) t d"), rotary)
+            y = rearrange(y, "(b v n) t d -> b v t n d", b=b, v=v)
+        else:
+            y = constrain(y, "batch", None, "frames", None, None)
+            y = self.attn(rearrange(y, "b v t n d -> (b t) (v n) d"))
+            y = rearrange(y, "(b t) (v n) d -> b v t n d", b=b, v=v)
+        x = constrain(x + gate_a * y, "batch", None, None if self.temporal else "frames", "places" if self.temporal else None, None)
+        y = self.cross(x.reshape(b, v * t * n, -1), text, text_mask)
+        x = x + y.reshape(x.shape)
+        y = layer_norm(x) * (1 + scale_m) + shift_m
+        return x + gate_m * self.mlp(y)
+
+
+class Pair(nnx.Module):
+    """A spatial block and the temporal block after it: the unit that is stacked and scanned."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.spatial = Block(config, False, rngs=rngs)
+        self.temporal = Block(config, True, rngs=rngs)
+
+    def __call__(self, x, text, text_mask, mod, rotary):
+        x = self.spatial(x, text, text_mask, mod, rotary)
+        return self.temporal(x, text, text_mask, mod, rotary)
+
+
+class ConditionEmbeddings(nnx.Module):
+    """e_k = MLP_k(Fourier(k)) for camera, waypoint and frame time, summed (method.md eqs. (1), (2)); zero at the start."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        d, features = config.width, 2 * config.fourier_bands + 1
+        self.bands = config.fourier_bands
+        self.camera = MLP(16 * features, d, d, rngs=rngs, last=zeros)
+        self.waypoint = MLP(4 * features, d, d, rngs=rngs, last=zeros)
+        self.frame_time = MLP(features, d, d, rngs=rngs, last=zeros)
+        self.null_waypoint = parameter(rngs, (d,), zeros, ("embed",))
+
+    def __call__(self, c: Conditions, dtype):
+        """Returns [b, v, t, d]."""
+        # Rotation matrices, not quaternions, enter the network: q and -q are the same camera.
+        rotation = rotation_matrix(c.extrinsics[..., 3:]).reshape(c.extrinsics.shape[:-1] + (9,))
+        camera = jnp.concatenate(
+            [
+                fourier(c.intrinsics, 8.0, 0.1, self.bands),
+                fourier(c.extrinsics[..., :3], 16.0, 0.25, self.bands),
+                fourier(rotation, 4.0, 0.25, self.bands),
+            ],
+            -1,
+        )
+        yaw = c.waypoints[..., 2]
+        turn = jnp.stack([jnp.sin(yaw), jnp.cos(yaw)], -1)
+        waypoint = jnp.concatenate([fourier(c.waypoints[..., :2], 200.0, 0.5, self.bands), fourier(turn, 4.0, 0.05, self.bands)], -1)
+        time = fourier(c.frame_times[..., None], 32.0, 0.1, self.bands)
+        waypoint = self.waypoint(waypoint.astype(dtype))
+        waypoint = jnp.where(c.drop_waypoints[:, None, None], self.null_waypoint[...].astype(dtype), waypoint)
+        return self.camera(camera.astype(dtype)) + (waypoint + self.frame_time(time.astype(dtype)))[:, None]
+
+
+class TextEmbedding(nnx.Module):
+    """Projects text tokens to the width; the null text is a learned table (published: a frozen buffer `y_embedding`)."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.null = parameter(rngs, (config.text_length, config.text_width), normal(config.text_width**-0.5), (None, None))
+        self.proj = MLP(config.text_width, config.width, config.width, rngs=rngs, activation=gelu_tanh)
+
+    def __call__(self, text, drop, dtype):
+        """text [b, l, text_width], drop [b] bool → [b, l, d]. The token mask is not changed by dropping, as published."""
+        text = jnp.where(drop[:, None, None], self.null[: text.shape[1]], text)
+        return self.proj(text.astype(dtype))
+
+
+class DiT(nnx.Module):
+    """The backbone. `DiT(config, rngs=nnx.Rngs(0))`; stateless, so it is used functionally (nnx.split, plain jax.jit)."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        config.check()
+        d, patch = config.width, config.patch[0] * config.patch[1] * config.patch[2]
+        outputs = config.out_channels * (2 if config.pred_sigma else 1)
+        self.config = config
+        # A convolution with kernel = stride is a linear map of the patch vector (channel, frame, row, column).
+        self.patch = Linear(config.in_channels * patch, d, (None, "embed"), rngs=rngs)
+        self.time = MLP(256, d, d, rngs=rngs, first=normal(0.02), last=normal(0.02))
+        self.fps = MLP(256, d, d, rngs=rngs, first=normal(0.02), last=zeros)
+        self.modulation = Linear(d, 6 * d, ("embed", "mlp"), rngs=rngs)
+        self.text = TextEmbedding(config, rngs=rngs)
+        self.conditions = ConditionEmbeddings(config, rngs=rngs) if config.new_embeddings else None
+        make = nnx.vmap(lambda r: Pair(config, rngs=r), in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        self.pairs = make(rngs.split(config.depth))
+        self.final_table = parameter(rngs, (2, d), normal(d**-0.5), (None, "embed"))
+        self.final = Linear(d, patch * outputs, ("embed", None), rngs=rngs)
+
+    def __call__(self, x, timesteps, conditions: Conditions):
+        """x [b, v, t, h, w, c], timesteps [b, v, t] in 0..1000 (0 = clean frame) → [b, v, t, h, w, out] float32.
+
+        `out` is out_channels, or twice that with pred_sigma. Frames, rows and columns are zero-padded up to the patch size
+        and cropped afterwards; with a temporal patch, a token takes the timestep of its first frame.
+        """
+        cfg = self.config
+        dtype = jnp.dtype(cfg.dtype)
+        b, v, t, h, w, _ = x.shape
+        pt, ph, pw = cfg.patch
+        pad = [(0, 0), (0, 0), (0, -t % pt), (0, -h % ph), (0, -w % pw), (0, 0)]
+        x = rearrange(jnp.pad(x, pad), "b v (t pt) (h ph) (w pw) c -> b v t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        rows, columns = x.shape[3:5]
+        x = self.patch(rearrange(x.astype(dtype), "b v t h w p -> b v t (h w) p"))
+        x = x + position_table(rows, columns, cfg.width, cfg.image_size, cfg.input_sq_size).astype(dtype)
+        if self.conditions is not None:
+            x = x + self.conditions(conditions, dtype)[:, :, ::pt, None, :]
+
+        fps = self.fps(time_table(conditions.fps))[:, None, None]  # [b, 1, 1, d]
+        time = self.time(time_table(timesteps[:, :, ::pt])) + fps  # [b, v, t, d], float32
+        mod = self.modulation(nnx.silu(time).astype(dtype))
+        mod = mod.reshape(mod.shape[:-1] + (6, cfg.width))
+        text = self.text(conditions.text, conditions.drop_text, dtype)
+        rotary = rotary_tables(x.shape[2], cfg.width // cfg.heads)
+
+        def body(x, pair):
+            return pair(x, text, conditions.text_mask, mod, rotary).astype(dtype), None
+
+        if cfg.remat == "block":
+            body = jax.checkpoint(body, prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, self.pairs)
+
+        shift = (self.final_table[0] + time)[..., None, :]  # no activation, no linear map here, as published
+        scale = (self.final_table[1] + time)[..., None, :]
+        x = layer_norm(x).astype(jnp.float32) * (1 + scale) + shift
+        x = self.final(x.astype(dtype)).astype(jnp.float32)
+        x = rearrange(x, "b v t (h w) (pt ph pw c) -> b v (t pt) (h ph) (w pw) c", h=rows, w=columns, pt=pt, ph=ph, pw=pw)
+        return x[:, :, :t, :h, :w]

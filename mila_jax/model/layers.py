@@ -1,0 +1,156 @@
+"""The small parts of the backbone: parameters, linear layers, norms, tables.
+
+Letters used in all of `mila_jax.model`: b batch, v view, t frame, h w latent grid, n tokens of one view of one frame, d width,
+k heads, e head width, l text tokens. Tables (rotary, position, time) are computed in float32 whatever the compute type: in
+bfloat16 neighbouring time steps and positions collide.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def xavier(key, shape):
+    """Glorot-uniform for a matrix [fan_in, fan_out], as the published model initialises every linear layer."""
+    limit = math.sqrt(6 / (shape[0] + shape[1]))
+    return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+
+
+def normal(std):
+    """Normal initialiser with standard deviation `std`."""
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def zeros(key, shape):
+    """Zero initialiser (the layer starts as if it were not there)."""
+    del key
+    return jnp.zeros(shape, jnp.float32)
+
+
+def ones(key, shape):
+    """One initialiser."""
+    del key
+    return jnp.ones(shape, jnp.float32)
+
+
+def parameter(rngs: nnx.Rngs, shape, init, axes, matrix_shape=None):
+    """One float32 parameter with its logical axes: the single place where shape, init and axes meet.
+
+    `matrix_shape`: the 2-D shape that `init` sees, where fan-in and fan-out are not those of the stored shape (fused qkv).
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"parameter of shape {shape} needs as many logical axes, got {axes}")
+    value = init(rngs.params(), matrix_shape or shape).reshape(shape)
+    return nnx.Param(value, out_sharding=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W + b with W [inputs, outputs]; computes in the type of x."""
+
+    def __init__(self, inputs: int, outputs: int, axes, *, rngs: nnx.Rngs, init=xavier):
+        self.kernel = parameter(rngs, (inputs, outputs), init, axes)
+        self.bias = parameter(rngs, (outputs,), zeros, axes[1:])
+
+    def __call__(self, x):
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Linear → activation → Linear."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, *, rngs: nnx.Rngs, activation=nnx.silu, first=xavier, last=xavier):
+        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), rngs=rngs, init=first)
+        self.fc2 = Linear(hidden, outputs, ("mlp", "embed"), rngs=rngs, init=last)
+        self.activation = activation
+
+    def __call__(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def gelu_tanh(x):
+    """GELU in its tanh form (the published MLP's)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def layer_norm(x, eps=1e-6):
+    """LayerNorm over the last axis without affine parameters; statistics in float32, result in the type of x."""
+    y = x.astype(jnp.float32)
+    mean = y.mean(-1, keepdims=True)
+    centred = y - mean
+    return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rms_norm(x, weight, eps=1e-6):
+    """RMSNorm over the last axis in float32 with weight [e]; result in the type of x."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps) * weight).astype(x.dtype)
+
+
+def time_table(t, width: int = 256):
+    """Sinusoidal embedding, cosines first: t [...] → [..., width] (Open-Sora, blocks.py TimestepEmbedder)."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def position_table(rows: int, columns: int, width: int, image_size, base_size: int):
+    """2-D sine-cosine table [rows·columns, width]: the first half of the channels encodes the column, the second the row.
+
+    image_size: (height, width) in pixels and base_size: the resolution at which positions count 0, 1, 2, …, both as in
+    Open-Sora's PositionEmbedding2D.
+    """
+    base = round(math.sqrt(rows * columns))
+    scale = math.sqrt(image_size[0] * image_size[1]) / base_size
+    inverse = 1e4 ** (-2 * jnp.arange(width // 4, dtype=jnp.float32) / (width // 2))
+
+    def encode(count):
+        angles = (jnp.arange(count, dtype=jnp.float32) / scale * (base / count))[:, None] * inverse
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+    row, column = encode(rows), encode(columns)
+    table = jnp.concatenate(
+        [jnp.broadcast_to(column[None], (rows, columns, width // 2)), jnp.broadcast_to(row[:, None], (rows, columns, width // 2))], -1
+    )
+    return table.reshape(rows * columns, width)
+
+
+def rotary_tables(frames: int, head_width: int):
+    """Cosine and sine [frames, head_width / 2] of the frame index, theta 1e4 (frame rate is told by the fps embedding)."""
+    inverse = 1e4 ** (-2 * jnp.arange(head_width // 2, dtype=jnp.float32) / head_width)
+    angles = jnp.arange(frames, dtype=jnp.float32)[:, None] * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, tables):
+    """Rotary embedding of x [..., t, k, e] by interleaved pairs (x₀x₁)(x₂x₃)…; tables from `rotary_tables`."""
+    cos, sin = (table[:, None, :] for table in tables)  # [t, 1, e/2]
+    y = x.astype(jnp.float32)
+    even, odd = y[..., 0::2], y[..., 1::2]
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def fourier(x, longest: float, shortest: float, bands: int):
+    """Fourier features of each scalar of x [..., m] → [..., m·(2·bands+1)] (method.md eq. (1)).
+
+    Periods fall geometrically from `longest` to `shortest`, in the unit of x; x / longest itself is kept beside them.
+    """
+    periods = longest * (shortest / longest) ** (jnp.arange(bands, dtype=jnp.float32) / max(bands - 1, 1))
+    x = x.astype(jnp.float32)
+    angles = 2 * math.pi * x[..., None] / periods
+    features = jnp.concatenate([x[..., None] / longest, jnp.sin(angles), jnp.cos(angles)], -1)
+    return features.reshape(x.shape[:-1] + (-1,))
+
+
+def rotation_matrix(quaternion):
+    """Unit quaternions [..., 4] (w first) to rotation matrices [..., 3, 3]; the same for q and -q."""
+    w, x, y, z = jnp.moveaxis(quaternion, -1, 0)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    return jnp.stack([jnp.stack(row, -1) for row in rows], -2)

@@ -1,0 +1,41 @@
+"""From a config and parameters to `velocity(latents, levels, conditions)`, the network as `mila_jax.flow` sees it."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from mila_jax.errors import UserError
+from mila_jax.model.dit import DiT, DiTConfig
+from mila_jax.model.precondition import preconditioned
+
+PRECONDITIONS = ("none", "temporal")
+
+
+def dit_config(model, latent_channels: int, image_size, text_width: int, text_length: int) -> DiTConfig:
+    """`DiTConfig` of a config's `model` section for latents of `latent_channels`.
+
+    image_size: (height, width) in pixels. Raises `UserError` naming the key of a value that cannot work.
+    """
+    if model.precondition not in PRECONDITIONS:
+        raise UserError(f"model.precondition={model.precondition!r} is unknown; use one of {', '.join(PRECONDITIONS)}")
+    config = DiTConfig(
+        width=model.width, depth=model.depth, heads=model.heads, patch=tuple(model.patch),
+        in_channels=latent_channels * (2 if model.precondition == "temporal" else 1), out_channels=latent_channels,
+        text_width=text_width, text_length=text_length, mlp_ratio=model.mlp_ratio, image_size=tuple(image_size),
+        input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
+        fourier_bands=model.fourier_bands, dtype=model.dtype, remat=model.remat,
+    )  # fmt: skip
+    config.check()
+    return config
+
+
+def make_velocity(graphdef, params, config: DiTConfig, covariance_weights=None):
+    """The velocity function of a `DiT` given as (graphdef, params).
+
+    covariance_weights: [v, m] of `precondition.fit_covariance` for a preconditioned network, None for a plain one.
+    """
+
+    def network(latents, levels, conditions):
+        out = nnx.merge(graphdef, params)(latents, 1000.0 * levels, conditions)
+        return out[..., : config.out_channels]
+
+    return network if covariance_weights is None else preconditioned(network, jnp.asarray(covariance_weights))

@@ -1,0 +1,100 @@
+"""A trained world model as one safetensors file: parameters in half precision and everything needed to use them.
+
+The header holds (as JSON) the config, the latents' shape, the text encoder and the autoencoder's hash, so that a file answers by
+itself whether it fits a data set. Loading executes nothing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mila_jax.errors import UserError
+from mila_jax.model.dit import DiTConfig
+from mila_jax.model.network import dit_config, make_velocity
+from mila_jax.model.stdit3_weights import create
+
+SHIPPED = pathlib.Path(__file__).parents[1] / "weights" / "mila_tiny.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldModel:
+    """config: the run's ConfigDict; dit: sizes; graphdef and params: the network; covariance [v, m] or None; data: what the
+    training data said of itself (latent_shape, text_encoder, autoencoder hash, …); card: how it was trained."""
+
+    config: ml_collections.ConfigDict
+    dit: DiTConfig
+    graphdef: object
+    params: nnx.State
+    covariance: np.ndarray | None
+    data: dict
+    card: dict
+    sha256: str
+
+    @property
+    def velocity(self):
+        """`velocity(latents, levels, conditions)` with the stored parameters."""
+        return make_velocity(self.graphdef, self.params, self.dit, self.covariance)
+
+
+def model_config(config, data: dict) -> DiTConfig:
+    """Sizes of the network for a config and a data description (`latent_shape`, `image_size`, `text_shape`)."""
+    length, width = data["text_shape"]
+    return dit_config(config.model, data["latent_shape"][-1], data["image_size"], width, length)
+
+
+def save_model(path, params: nnx.State, config, data: dict, covariance, card: dict) -> None:
+    """Writes the file atomically; parameters as float16. `card`: plain values on how the weights were made."""
+    path = pathlib.Path(path)
+    tensors = {"parameters." + ".".join(map(str, k)): np.asarray(v[...], np.float16) for k, v in nnx.to_flat_state(params)}
+    if covariance is not None:
+        tensors["covariance"] = np.asarray(covariance, np.float32)
+    header = {"format": "mila_jax.world_model.1", "config": config.to_json(), "data": json.dumps(data), "card": json.dumps(card)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata=header)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); choose a writable folder") from None
+
+
+def load_model(path) -> WorldModel:
+    """Reads a file of `save_model`. Raises `UserError` naming the file, or the tensor that is missing or misshapen."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give the .safetensors file of a trained model (generate.weights)")
+    try:
+        with safe_open(path, framework="numpy") as f:
+            header = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); get it again") from None
+    if not header.get("format", "").startswith("mila_jax.world_model."):
+        raise UserError(f"{path} is not a mila_jax world model; `mila train` writes model.safetensors")
+    config = ml_collections.ConfigDict(json.loads(header["config"]))
+    data = json.loads(header["data"])
+    dit = model_config(config, data)
+    graphdef, params = create(dit)
+    covariance = tensors.pop("covariance", None)
+    loaded = {k.removeprefix("parameters."): v for k, v in tensors.items()}
+    params = merge_parameters(params, loaded, source=str(path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return WorldModel(config, dit, graphdef, params, covariance, data, json.loads(header["card"]), digest)
+
+
+def merge_parameters(params: nnx.State, arrays: dict, *, source: str) -> nnx.State:
+    """`params` with the values of `arrays` (dotted names). Raises `UserError` with the names that are missing, extra or misshapen."""
+    flat = {".".join(map(str, k)): (k, v) for k, v in nnx.to_flat_state(params)}
+    wrong = sorted(set(flat) ^ set(arrays)) + [n for n in set(flat) & set(arrays) if flat[n][1][...].shape != arrays[n].shape]
+    if wrong:
+        raise UserError(f"{source} does not fit the model: missing, unknown or misshapen {', '.join(wrong[:8])} ({len(wrong)} in all)")
+    return nnx.from_flat_state({k: v.replace(jnp.asarray(arrays[n], jnp.float32)) for n, (k, v) in flat.items()})

@@ -1,0 +1,242 @@
+"""The training loop: data → step → metrics → checkpoint. The order of operations in `train` matters; see the comments."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import nnx
+
+from data_pipeline.clips import ClipSource, ClipSpec, read_scene
+from data_pipeline.loader import make_loader
+from data_pipeline.records import read_index, read_text
+from mila_jax.errors import UserError
+from mila_jax.model.precondition import fit_covariance
+from mila_jax.model.stdit3_weights import create
+from mila_jax.model.weights import load_model, merge_parameters, model_config, save_model
+from mila_jax.parallel.mesh import batch_sharding, check_divides, make_mesh
+from mila_jax.train import step as step_module
+from mila_jax.train.checkpoint import Checkpoints, abstract_state
+from mila_jax.train.metrics import MetricWriter
+from mila_jax.train.optimizer import make_optimizer
+from mila_jax.train.state import abstract_model, create_state, state_shardings
+
+EVALUATION_LEVELS = np.linspace(0.05, 0.95, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """step: steps done in all; finished: False if the time limit came first; model: path of the exported EMA weights."""
+
+    step: int
+    finished: bool
+    model: pathlib.Path
+
+
+def clip_specs(config) -> tuple[list[ClipSpec], list[float]]:
+    """The kinds of training windows and their shares.
+
+    For each frame rate a window of N conditioning frames at 12 Hz; for the rates of anchors also windows whose conditioning
+    frames are themselves anchors (later windows of a recurrent coarse stage); and 12 Hz windows from a single first frame.
+    """
+    window, train = config.window, config.train
+    specs, shares = [], []
+    for fps, share in zip(train.fps, train.fps_weights, strict=True):
+        if fps < step_module.DATA_RATE:
+            specs += [ClipSpec(window.frames, window.conditioning, fps), ClipSpec(window.frames, window.conditioning, fps, fps)]
+            shares += [share / 2, share / 2]
+        else:
+            specs.append(ClipSpec(window.frames, window.conditioning, fps))
+            shares.append(share if window.conditioning == 1 else 0.9 * share)
+            if window.conditioning > 1:
+                specs.append(ClipSpec(window.frames, 1, fps))
+                shares.append(0.1 * share)
+    return specs, shares
+
+
+def describe_data(data_dir) -> dict:
+    """What a data set says of itself, for the model's sizes and for checks at generation."""
+    index = read_index(data_dir)
+    tokens, _ = read_text(data_dir, len(index.scenes))
+    return {
+        "latent_shape": list(index.latent_shape), "image_size": list(index.image_size), "text_shape": list(tokens.shape[1:]), **index.meta,
+    }  # fmt: skip
+
+
+def measure_covariance(data_dir) -> np.ndarray:
+    """Correlation of the training latents over time, for the preconditioning (at most 16 scenes)."""
+    names = [s.name for s in read_index(data_dir).scenes if s.split == "train"][:16]
+    scenes = [read_scene(data_dir, name) for name in names]
+    return fit_covariance([s["latents"] for s in scenes], [s["times"] for s in scenes])
+
+
+class Trainer:
+    """Everything that a run builds before its first step: sizes, mesh, state, jitted step, data. `config` must name data.dir, train.dir."""
+
+    def __init__(self, config, *, devices=None):
+        for key in ("data.dir", "train.dir"):
+            section, name = key.split(".")
+            if config[section][name] is None:
+                raise UserError(f"{key} is not set; give --config.{key}=FOLDER")
+        self.config, self.folder = config, pathlib.Path(config.train.dir)
+        self.objective = step_module.Objective.from_config(config)
+        specs, shares = clip_specs(config)
+        self.train_source = ClipSource(config.data.dir, "train", specs, shares)
+        self.data = describe_data(config.data.dir)
+        self.dit = model_config(config, self.data)
+        self.mesh = make_mesh(config.mesh, devices)
+        tokens = -(-self.data["latent_shape"][0] // self.dit.patch[1]) * -(-self.data["latent_shape"][1] // self.dit.patch[2])
+        check_divides(self.mesh, config.train.batch, self.dit.heads, self.dit.width, config.window.frames, tokens)
+        self.tx = make_optimizer(config.train)
+        self.covariance = self._covariance()
+        self.graphdef, _ = abstract_model(self.dit)
+        self.shardings = state_shardings(self.mesh, self.dit, self.tx)
+        static = dict(graphdef=self.graphdef, config=self.dit, covariance=self.covariance, objective=self.objective)
+        self.step = step_module.jit_train_step(self.shardings, batch_sharding(self.mesh), tx=self.tx, **static)
+        self._loss = jax.jit(functools.partial(step_module.loss, **static))
+        self.key = jax.random.key(config.seed)
+
+    def _covariance(self):
+        """Measured once per run and kept, so that a resumed run is the same function whatever became of the data."""
+        if self.config.model.precondition == "none":
+            return None
+        path = self.folder / "covariance.json"
+        if path.exists():
+            return np.asarray(json.loads(path.read_text()), np.float32)
+        if self.config.train.init_from:
+            weights = load_model(self.config.train.init_from).covariance
+        else:
+            weights = measure_covariance(self.config.data.dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(np.asarray(weights, np.float64).round(6).tolist()))
+        return np.asarray(json.loads(path.read_text()), np.float32)
+
+    def initial_state(self):
+        """A fresh state: from `train.init_from` if set, else drawn from the seed."""
+        params = None
+        if self.config.train.init_from:
+            given = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(load_model(self.config.train.init_from).params)}
+            params = merge_parameters(create(self.dit)[1], given, source=self.config.train.init_from)
+        return create_state(self.mesh, self.dit, self.tx, self.config.seed, params)
+
+    def batches(self, source, first_step: int):
+        """Endless batches on the mesh from step `first_step` on; the batch of a step is the same on any number of hosts."""
+        loader = make_loader(
+            source, batch_size=self.config.train.batch, seed=self.config.seed, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        iterator = iter(loader)
+        if first_step:
+            grain.experimental.set_next_index(iterator, first_step)
+        for batch in iterator:
+            yield self.to_mesh(batch)
+
+    def to_mesh(self, batch):
+        """Host arrays (this host's rows) → arrays on the mesh."""
+        sharding = batch_sharding(self.mesh)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def evaluate(self, params, source) -> dict:
+        """Mean loss at ten fixed noise levels on the first `train.eval_batches` batches of `source`."""
+        batches = self.batches(source, 0)
+        totals = np.zeros((len(EVALUATION_LEVELS), 2))
+        for number in range(self.config.train.eval_batches):
+            batch = next(batches)
+            for i, level in enumerate(EVALUATION_LEVELS):
+                value = self._loss(params, batch, jax.random.fold_in(self.key, number), level=jnp.float32(level))
+                totals[i] += float(value.sum), float(value.count)
+        per_level = totals[:, 0] / totals[:, 1]
+        return {"eval/loss": float(per_level.mean())} | {f"eval/loss_at_{l:.2f}": float(x) for l, x in zip(EVALUATION_LEVELS, per_level)}
+
+    def export(self, state, card: dict) -> pathlib.Path:
+        """Writes the EMA weights as `model.safetensors` in the run's folder."""
+        path = self.folder / "model.safetensors"
+        save_model(path, state.ema, self.config, self.data, self.covariance, card)
+        return path
+
+
+def train(config, *, progress: bool = True, stop_after: int | None = None, devices=None) -> Outcome:
+    """Trains until `train.steps` (or `train.minutes`), resuming by itself from the newest checkpoint in `train.dir`.
+
+    `stop_after`: leave after so many steps of this call (tests). Raises `UserError` before anything is compiled for a config
+    or data that cannot work, and `FloatingPointError` with the step window if the loss is not a number.
+    """
+    trainer = Trainer(config, devices=devices)
+    checkpoints = Checkpoints(trainer.folder, config.train.keep)
+    with jax.set_mesh(trainer.mesh):
+        state = trainer.initial_state()
+        start = checkpoints.latest() or 0
+        if start:
+            state = checkpoints.restore(abstract_state(jax.eval_shape(lambda s: s, state), trainer.shardings))
+        _check_same_run(trainer.folder, config)
+        writer = MetricWriter(trainer.folder, start)
+        validation = _validation_source(config) if config.train.eval_every else None
+        batches = trainer.batches(trainer.train_source, start)
+        began, seconds_before = time.monotonic(), _seconds_so_far(trainer.folder, start)
+        last = config.train.steps if stop_after is None else min(config.train.steps, start + stop_after)
+        pending, finished, step = None, True, start
+        bar = tqdm.tqdm(total=config.train.steps, initial=start, desc="train", unit="step", disable=not progress)
+        for step in range(start + 1, last + 1):
+            state, metrics = trainer.step(state, next(batches), trainer.key)
+            bar.update()
+            if step % config.train.log_every == 0 or step == last:
+                # Metrics of the previous interval: reading this step's would wait for the device.
+                _log(writer, bar, pending)
+                pending = (step, metrics, seconds_before + time.monotonic() - began)
+            if validation is not None and step % config.train.eval_every == 0:
+                writer.write(step, trainer.evaluate(state.ema, validation))
+            if step % config.train.checkpoint_every == 0:
+                checkpoints.save(state, step)
+            if config.train.minutes and time.monotonic() - began > 60 * config.train.minutes:
+                finished = False
+                break
+        _log(writer, bar, pending)
+        bar.close()
+        checkpoints.save(state, step)
+        seconds = seconds_before + time.monotonic() - began
+        card = {"steps": step, "samples": step * config.train.batch, "train_seconds": round(seconds), "data": str(pathlib.Path(config.data.dir).name)}
+        model = trainer.export(state, card)
+        (trainer.folder / "clock.json").write_text(json.dumps({"step": step, "seconds": seconds}))
+        checkpoints.close()
+        writer.close()
+    return Outcome(step, finished and step >= config.train.steps, model)
+
+
+def _log(writer, bar, pending) -> None:
+    if pending is None:
+        return
+    step, metrics, seconds = pending
+    values = {k: float(v) for k, v in metrics.items()}
+    if not np.isfinite(values["loss"]):
+        raise FloatingPointError(f"the loss at step {step} is {values['loss']}; the last good checkpoint is kept")
+    writer.write(step, values | {"seconds": round(seconds, 2)})
+    bar.set_postfix(loss=f"{values['loss']:.4f}")
+
+
+def _validation_source(config):
+    specs, shares = clip_specs(config)
+    return ClipSource(config.data.dir, "val", specs, shares)
+
+
+def _seconds_so_far(folder, step: int) -> float:
+    path = folder / "clock.json"
+    if not step or not path.exists():
+        return 0.0
+    return json.loads(path.read_text())["seconds"]
+
+
+def _check_same_run(folder, config) -> None:
+    """A folder belongs to one model: refuses to go on with another `model` section."""
+    path = folder / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        now = json.loads(config.to_json())
+        if before["model"] != now["model"]:
+            changed = sorted(k for k in now["model"] if before["model"].get(k) != now["model"][k])
+            raise UserError(f"{folder} holds a run with another model.{', model.'.join(changed)}; choose another train.dir")
+    path.write_text(json.dumps(json.loads(config.to_json()), indent=1))

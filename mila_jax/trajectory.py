@@ -1,0 +1,103 @@
+"""Ego trajectories: from a scene, a file or a named manoeuvre to waypoints at any time."""
+
+import csv
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from mila_jax.errors import UserError
+from mila_jax.geometry import relative_waypoints
+
+MANOEUVRES = ("straight", "left", "right", "stop")
+COLUMNS = ("t", "x", "y", "yaw")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """times [n] seconds, ascending, 0 = last given frame; poses [n, 3]: x forward, y left (metres), yaw (radians) in the ego frame
+    of time 0."""
+
+    times: np.ndarray
+    poses: np.ndarray
+
+    def at(self, times) -> np.ndarray:
+        """Poses at any times [...] → [..., 3]: linear in between, going on as at the ends beyond them."""
+        times = np.asarray(times, np.float64)
+        yaw = np.unwrap(self.poses[:, 2])
+        columns = (self.poses[:, 0], self.poses[:, 1], yaw)
+        if len(self.times) == 1:
+            return np.broadcast_to(self.poses[0], times.shape + (3,)).copy()
+        i = np.clip(np.searchsorted(self.times, times) - 1, 0, len(self.times) - 2)
+        share = (times - self.times[i]) / (self.times[i + 1] - self.times[i])
+        return np.stack([c[i] + share * (c[i + 1] - c[i]) for c in columns], -1)
+
+    def waypoints(self, times, reference) -> np.ndarray:
+        """Poses at `times` [..., t] relative to the ego at `reference` [...] seconds → [..., t, 3] (method.md's waypoints)."""
+        pose, origin = self.at(times), self.at(reference)[..., None, :]
+        dx, dy = pose[..., 0] - origin[..., 0], pose[..., 1] - origin[..., 1]
+        cos, sin = np.cos(origin[..., 2]), np.sin(origin[..., 2])
+        turn = pose[..., 2] - origin[..., 2]
+        turn = (turn + np.pi) % (2 * np.pi) - np.pi
+        return np.stack([cos * dx + sin * dy, -sin * dx + cos * dy, turn], -1).astype(np.float32)
+
+
+def from_poses(times, translation, rotation, reference: int) -> Trajectory:
+    """Trajectory of recorded ego poses: times [n] s, translation [n, 3], rotation [n, 4] (w first); `reference` is time 0."""
+    times = np.asarray(times, np.float64)
+    return Trajectory(times - times[reference], relative_waypoints(translation, rotation, reference))
+
+
+def manoeuvre(name: str, seconds: float, speed: float = 8.0) -> Trajectory:
+    """A named manoeuvre starting at `speed` m/s: straight; left or right (a quarter turn of radius 12 m at 5 m/s after one
+    second); stop (braking at 2 m/s², then standing). Raises `UserError` for another name."""
+    if name not in MANOEUVRES:
+        raise UserError(f"unknown manoeuvre {name!r}; use one of {', '.join(MANOEUVRES)}, or a .csv or .json file")
+    dt = 1 / 48
+    times = np.arange(-1.0, seconds + 1, dt)
+    t = np.maximum(times, 0)
+    if name == "stop":
+        v = np.maximum(speed - 2.0 * t, 0)
+    elif name == "straight":
+        v = np.full_like(t, speed)
+    else:
+        v = speed + (min(speed, 5.0) - speed) * np.clip(t, 0, 1)
+    curvature = np.zeros_like(t)
+    if name in ("left", "right"):
+        driven = np.cumsum(v * (t >= 1)) * dt
+        curvature = np.where((t >= 1) & (driven < 12 * np.pi / 2), 1 / 12, 0) * (1 if name == "left" else -1)
+    yaw = np.cumsum(v * curvature) * dt
+    x, y = np.cumsum(v * np.cos(yaw)) * dt, np.cumsum(v * np.sin(yaw)) * dt
+    zero = int(np.argmin(np.abs(times)))
+    return Trajectory(times - times[zero], np.stack([x - x[zero], y - y[zero], yaw - yaw[zero]], -1))
+
+
+def read_trajectory(path) -> Trajectory:
+    """Waypoints from a file: CSV with a header naming t, x, y, yaw, or JSON, a list of objects with these keys.
+
+    Seconds, metres, radians, relative to the ego at the last given frame (t = 0). Raises `UserError` with the file and line.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(path.read_text())
+        else:
+            with path.open(newline="") as f:
+                rows = list(csv.DictReader(f))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; waypoints are a .csv or .json file, a manoeuvre ({', '.join(MANOEUVRES)}) or scene") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as waypoints ({error})") from None
+    values = []
+    if not isinstance(rows, list):
+        raise UserError(f"{path} must be a list of objects with the keys {', '.join(COLUMNS)}")
+    for number, row in enumerate(rows, 1):
+        try:
+            values.append([float(row[c]) for c in COLUMNS])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}, row {number}: needs numbers for {', '.join(COLUMNS)} (seconds, metres, metres, radians)") from None
+    values = np.array(values)
+    if len(values) < 2 or (np.diff(values[:, 0]) <= 0).any() or not np.isfinite(values).all():
+        raise UserError(f"{path} needs at least two rows with rising t and finite numbers")
+    return Trajectory(values[:, 0], values[:, 1:])

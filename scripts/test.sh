@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Sets up .venv with the test requirements and runs the tests.
+#   bash scripts/test.sh                 all but the slow ones
+#   bash scripts/test.sh --slow          all; other arguments go to pytest
+#   bash scripts/test.sh -k video -x     for example
+# On the CPU unless JAX_PLATFORMS says otherwise.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+marker="not slow"
+arguments=()
+for argument in "$@"; do
+  if [ "$argument" = --slow ]; then marker=""; else arguments+=("$argument"); fi
+done
+bash "$root/scripts/setup.sh" --test
+cd "$root"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+exec .venv/bin/python -m pytest -m "$marker" ${arguments[@]+"${arguments[@]}"}

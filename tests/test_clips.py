@@ -1,0 +1,181 @@
+"""Clips by time: which frames, which starts, what a clip holds; and damaged data sets."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import nuscenes_stub as stub
+from data_pipeline import records
+from data_pipeline.clips import ClipSource, ClipSpec, find_starts, interleave, read_scene
+from mila_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    stub.write(path / "sim", scenes=3, seconds=6.0)
+    stub.encode(path / "sim", path / "enc")
+    return path / "enc"
+
+
+def test_wanted_times():
+    np.testing.assert_allclose(ClipSpec(6, 3, 2.0).offsets(), [-2 / 12, -1 / 12, 0, 0.5, 1.0, 1.5])
+    np.testing.assert_allclose(ClipSpec(3, 1, 12.0).offsets(), [0, 1 / 12, 2 / 12])
+
+
+@pytest.mark.parametrize("spec", [ClipSpec(5, 2, 12.0), ClipSpec(4, 1, 2.0), ClipSpec(4, 3, 1.0)])
+def test_starts_are_those_that_an_exhaustive_search_finds(spec):
+    rng = np.random.default_rng(0)
+    turns = np.rint(np.arange(120) * 5 / 3) * 0.05 + rng.uniform(-1e-3, 1e-3, 120)
+    times = np.delete(turns, [17, 18, 60, 90])
+    starts, chosen = find_starts(times, spec)
+    expected = []
+    for i, t in enumerate(times):
+        near = [int(np.argmin(np.abs(times - (t + o)))) for o in spec.offsets()]
+        if all(abs(times[n] - (t + o)) <= 1 / 24 for n, o in zip(near, spec.offsets())):
+            expected.append((i, near))
+    assert [int(s) for s in starts] == [i for i, _ in expected] and chosen.tolist() == [n for _, n in expected]
+    assert 0 < len(starts) < len(times)
+    assert all(chosen[:, spec.conditioning - 1] == starts)
+    whole = find_starts(turns, spec)[0]
+    assert len(whole) > len(starts), "missing frames must cost starts"
+
+
+def test_a_clip_holds_its_frames(encoded):
+    spec = ClipSpec(5, 2, 2.0)
+    source = ClipSource(encoded, "train", [spec])
+    scenes = {name: read_scene(encoded, name) for name in ("scene-0002", "scene-0003")}
+    seen = set()
+    for i in range(len(source)):
+        clip = source[i]
+        scene = scenes[f"scene-000{int(clip['text'][0, 0])}"]
+        number = source.clips[0][1][i]
+        rows = number - source.reader.first[source.clips[0][0][i]]
+        seen.add((scene["name"], int(rows[1])))
+        assert {k: v.shape for k, v in clip.items()} == {
+            "latents": (6, 5, *stub.LATENT_SHAPE),
+            "intrinsics": (6, 5, 4),
+            "extrinsics": (6, 5, 7),
+            "waypoints": (5, 3),
+            "frame_times": (5,),
+            "fps": (),
+            "conditioning": (),
+            "text": (4, 5),
+            "text_mask": (4,),
+        }
+        assert all(clip[k].dtype == np.float32 for k in clip if k not in ("conditioning", "text_mask"))
+        assert clip["fps"] == 2 and clip["conditioning"] == 2 and clip["conditioning"].dtype == np.int32
+        np.testing.assert_array_equal(clip["latents"], scene["latents"][rows].swapaxes(0, 1).astype(np.float32))
+        assert np.abs(clip["frame_times"] - spec.offsets()).max() <= 1 / 24 and clip["frame_times"][1] == 0
+        # The stub drives straight on at a constant speed, so waypoints are times.
+        np.testing.assert_allclose(clip["waypoints"][:, 0], stub.SPEED * clip["frame_times"], atol=1e-4)
+        np.testing.assert_allclose(clip["waypoints"][:, 1:], 0, atol=1e-6)
+        np.testing.assert_array_equal(clip["extrinsics"][:, 3, :3], scene["cam2ego_translation"][0])
+        np.testing.assert_array_equal(clip["extrinsics"][:, 3, 3:], scene["cam2ego_rotation"][0])
+    assert len(seen) == len(source) and {s for s, _ in seen} == set(scenes)
+
+
+def test_rates_are_mixed_by_weight_and_every_start_occurs(encoded):
+    specs = [ClipSpec(4, 1, 12.0), ClipSpec(4, 1, 2.0), ClipSpec(4, 2, 1.0)]
+    source = ClipSource(encoded, "train", specs, weights=[3, 1, 0])
+    rates = np.array([float(source[i]["fps"]) for i in range(len(source))])
+    assert set(rates) == {12.0, 2.0}
+    for start in range(0, len(source), 4):
+        assert (rates[start : start + 4] == 12).sum() == 3
+    slow = {tuple(source.clips[1][1][c]) for c in range(len(source.clips[1][0]))}
+    assert len(source) // 4 * 3 >= len(source.clips[0][0]) and len(source) // 4 >= len(slow)
+    again = ClipSource(encoded, "train", specs, weights=[3, 1, 0], cache_bytes=1000)
+    for i in (0, 5, len(source) - 1):
+        assert all(np.array_equal(source[i][k], again[i][k]) for k in source[i])
+    assert again.cache.bytes <= 1000
+    with pytest.raises(IndexError):
+        source[len(source)]
+
+
+def test_interleave():
+    assert interleave([1, 1]) == [0, 1]
+    assert interleave([0, 2]) == [1]
+    assert sorted(interleave([0.5, 0.25, 0.25])) == [0, 0, 1, 2] and interleave([0.5, 0.25, 0.25])[0] == 0
+    assert interleave([1, 1e-9]).count(1) == 1
+
+
+def test_window_longer_than_the_data(encoded):
+    with pytest.raises(UserError, match=r"data.frames=40 at data.fps=2 .*longest possible is data.frames=(\d+)") as caught:
+        ClipSource(encoded, "train", [ClipSpec(40, 1, 2.0)])
+    best = int(str(caught.value).rsplit("=", 1)[1])
+    assert 10 <= best <= 13 and len(ClipSource(encoded, "train", [ClipSpec(best, 1, 2.0)])) > 0
+    with pytest.raises(UserError, match=f"data.frames={best}$"):
+        ClipSource(encoded, "train", [ClipSpec(best + 1, 1, 2.0)])
+
+
+@pytest.mark.parametrize(
+    "specs, weights, words",
+    [
+        ([], None, "data.fps is empty"),
+        ([ClipSpec(4, 1, 2.0), ClipSpec(5, 1, 2.0)], None, "data.frames must be the same"),
+        ([ClipSpec(4, 4, 2.0)], None, "data.conditioning=4"),
+        ([ClipSpec(4, 0, 2.0)], None, "data.conditioning=0"),
+        ([ClipSpec(4, 1, 24.0)], None, "data.fps=24"),
+        ([ClipSpec(4, 1, 0.0)], None, "data.fps=0"),
+        ([ClipSpec(4, 1, 2.0)], [0.0], "data.weights"),
+        ([ClipSpec(4, 1, 2.0)], [1.0, 2.0], "data.weights"),
+    ],
+)
+def test_settings_that_make_no_sense(encoded, specs, weights, words):
+    with pytest.raises(UserError, match=words):
+        ClipSource(encoded, "train", specs, weights)
+
+
+def test_unknown_split_scene_and_folder(encoded, tmp_path):
+    with pytest.raises(UserError, match="no split 'test', only train, val"):
+        ClipSource(encoded, "test", [ClipSpec(4, 1, 2.0)])
+    with pytest.raises(UserError, match="no scene 'scene-9999'; it has scene-0001"):
+        read_scene(encoded, "scene-9999")
+    with pytest.raises(UserError, match="run `mila prepare` again"):
+        read_scene(tmp_path, "scene-0001")
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "overwritten":
+        content[len(content) // 3 : len(content) // 3 + 4000] = bytes(4000)
+    elif how == "footer":
+        content[-65536 : -65536 + 3000] = bytes(3000)  # the block that says where the footer lies
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how, words", [("truncated", "truncated"), ("overwritten", "damaged"), ("footer", "cannot be opened|damaged")])
+def test_a_damaged_shard_is_named(encoded, tmp_path, how, words):
+    shutil.copytree(encoded, tmp_path / "enc")
+    damage(tmp_path / "enc/train-00001.array_record", how)
+    with pytest.raises(UserError, match=rf"train-00001.array_record.*({words}).*run `mila prepare` again"):
+        source = ClipSource(tmp_path / "enc", "train", [ClipSpec(4, 1, 12.0)])
+        for i in range(len(source)):
+            source[i]
+    # The other scenes are intact.
+    assert len(read_scene(tmp_path / "enc", "scene-0001")["times"]) > 30
+
+
+def test_other_broken_files(encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "enc")
+    (tmp_path / "enc/train-00000.array_record").unlink()
+    with pytest.raises(UserError, match="train-00000.array_record is missing"):
+        records.open_split(tmp_path / "enc", "train")
+    text = (tmp_path / "enc/text.npz").read_bytes()
+    for content in (text[:100], b"", text[: len(text) - 60]):
+        (tmp_path / "enc/text.npz").write_bytes(content)
+        with pytest.raises(UserError, match="text.npz cannot be read"):
+            read_scene(tmp_path / "enc", "scene-0001")
+    (tmp_path / "enc/dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be opened"):
+        records.open_split(tmp_path / "enc", "val")
+    index = (tmp_path / "enc/index.json").read_bytes()
+    (tmp_path / "enc/index.json").write_bytes(index.replace(b'"format":1', b'"format":99'))
+    with pytest.raises(UserError, match="format 99"):
+        records.read_index(tmp_path / "enc")
+    (tmp_path / "enc/index.json").write_bytes(index[:50])
+    with pytest.raises(UserError, match="index.json cannot be read"):
+        records.read_index(tmp_path / "enc")

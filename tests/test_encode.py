@@ -1,0 +1,150 @@
+"""One record per instant: content, resume, TFDS metadata without TensorFlow, and what a broken image or encoder says."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import nuscenes_stub as stub
+from data_pipeline import records
+from data_pipeline.clips import read_scene
+from data_pipeline.nuscenes.reader import instants, load_image, open_nuscenes
+from mila_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sim")
+    stub.write(path, scenes=3, seconds=2.0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoded(root, tmp_path_factory):
+    path = tmp_path_factory.mktemp("enc")
+    stub.encode(root, path)
+    return path
+
+
+def test_records_hold_what_the_reader_and_the_encoder_give(root, encoded):
+    for number, scene in enumerate(open_nuscenes(root, "v1.0-sim").scenes):
+        found, moments = read_scene(encoded, scene.name), instants(scene)
+        images = np.array([[load_image(root / f, stub.HEIGHT, stub.WIDTH) for f in m.files] for m in moments])
+        latents = (stub.encode_images(images.reshape(-1, *images.shape[2:])) - 100) / 50
+        np.testing.assert_allclose(found["latents"], latents.reshape(len(moments), 6, *stub.LATENT_SHAPE), rtol=2e-3, atol=1e-3)
+        assert found["latents"].dtype == np.float16
+        for field in ("intrinsics", "cam2ego_translation", "cam2ego_rotation"):
+            np.testing.assert_array_equal(found[field], np.array([getattr(m, field) for m in moments], np.float32))
+        for field in ("ego_translation", "ego_rotation"):
+            np.testing.assert_array_equal(found[field], [getattr(m, field) for m in moments])
+        np.testing.assert_array_equal(found["timestamps"], [m.timestamps_us for m in moments])
+        np.testing.assert_allclose(found["times"], [(m.timestamp_us - moments[0].timestamp_us) * 1e-6 for m in moments])
+        assert found["text"][0, 0] == number + 1 and list(found["text_mask"]) == [True, True, True, False]
+        assert (found["description"], found["split"]) == (f"Straight road {number + 1}", "train" if number else "val")
+
+
+def test_tfds_opens_the_folder_without_tensorflow(encoded):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(encoded))
+    index = records.read_index(encoded)
+    for split, scenes in (("val", index.scenes[:1]), ("train", index.scenes[1:])):
+        source = builder.as_data_source(split=split)
+        assert len(source) == sum(len(s.timestamps_us) for s in scenes)
+        assert source[0]["latents"].shape == (6, *stub.LATENT_SHAPE)
+        assert [r["timestamps"][1] for r in source] == [t for s in scenes for t in s.timestamps_us]
+    assert "tensorflow" not in sys.modules
+
+
+def test_stopped_at_any_scene_then_resumed_gives_the_same_bytes(root, encoded, tmp_path):
+    whole = stub.tree_bytes(encoded)
+    calls = []
+
+    def failing(images):
+        calls.append(len(images))
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return stub.encode_images(images)
+
+    stub.encode(root, tmp_path / "count", images=failing) if (stop := 0) == 0 else None
+    total = len(calls)
+    assert total > 12 and set(calls) == {7}, "always the same batch, so that the encoder compiles once"
+    for stop in (1, total // 2, total):
+        calls.clear()
+        out = tmp_path / f"stop{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            stub.encode(root, out, images=failing)
+        with pytest.raises(UserError, match="no finished encoded data set"):
+            records.open_split(out, "train")
+        marked = [p.name.removesuffix(".json") for p in out.glob("*-*.json")]
+        assert all((out / name).read_bytes() == whole[name] for name in marked)
+        calls.clear()
+        encode_from, stop = len(marked), 0
+        stub.encode(root, out, images=failing)
+        assert len(calls) <= total - encode_from * (total // 3 - 1) and stub.tree_bytes(out) == whole
+    calls.clear()
+    stub.encode(root, out, images=failing)
+    assert calls == []
+
+
+def test_a_shard_without_its_mark_is_made_again(root, encoded, tmp_path):
+    stub.encode(root, tmp_path)
+    shard = tmp_path / "train-00001.array_record"
+    (tmp_path / "train-00001.array_record.json").unlink()
+    shard.write_bytes(shard.read_bytes()[:-100])
+    stub.encode(root, tmp_path)
+    assert stub.tree_bytes(tmp_path) == stub.tree_bytes(encoded)
+
+
+def test_more_scenes_extend_and_another_encoder_starts_over(tmp_path):
+    calls = []
+
+    def counting(images):
+        calls.append(1)
+        return stub.encode_images(images)
+
+    for scenes in (2, 3):
+        stub.write(tmp_path / "sim", scenes=scenes, seconds=2.0)
+        calls.clear()
+        stub.encode(tmp_path / "sim", tmp_path / "enc", images=counting)
+    per_scene = len(calls)
+    assert [s.name for s in records.read_index(tmp_path / "enc").scenes] == ["scene-0001", "scene-0002", "scene-0003"]
+    calls.clear()
+
+    def stopping(images):
+        calls.append(1)
+        if len(calls) > per_scene + 2:
+            raise KeyboardInterrupt
+        return stub.encode_images(images) + 50
+
+    # While shards of two encoders lie side by side, no index says that they belong together.
+    with pytest.raises(KeyboardInterrupt):
+        stub.encode(tmp_path / "sim", tmp_path / "enc", images=stopping, meta={"autoencoder": "other"})
+    with pytest.raises(UserError, match="no finished encoded data set"):
+        read_scene(tmp_path / "enc", "scene-0001")
+
+
+def test_broken_image_is_named_and_finished_scenes_stay(tmp_path):
+    stub.write(tmp_path / "sim", seconds=2.0)
+    victim = open_nuscenes(tmp_path / "sim", "v1.0-sim").scenes[1].tracks["CAM_BACK"].files[3]
+    content = (tmp_path / "sim" / victim).read_bytes()
+    (tmp_path / "sim" / victim).write_bytes(content[:200])
+    with pytest.raises(UserError, match=victim.split("/")[-1].replace("+", r"\+")):
+        stub.encode(tmp_path / "sim", tmp_path / "enc")
+    assert (tmp_path / "enc/val-00000.array_record.json").exists()
+    (tmp_path / "sim" / victim).write_bytes(content)
+    stub.encode(tmp_path / "sim", tmp_path / "enc")
+    assert len(read_scene(tmp_path / "enc", "scene-0002")["times"]) > 10
+
+
+def test_encoder_of_another_size_or_with_nan(root, tmp_path):
+    with pytest.raises(UserError, match=r"data.latent_shape is \(4, 4, 3\)"):
+        stub.encode(root, tmp_path, latent_shape=(4, 4, 3))
+    with pytest.raises(UserError, match="not finite for scene 'scene-0001'"):
+        stub.encode(root, tmp_path, images=lambda x: stub.encode_images(x) * np.nan)
+
+
+def test_unwritable_folder(root, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another folder"):
+        stub.encode(root, tmp_path / "file")

@@ -1,0 +1,31 @@
+"""Recorded numbers of Open-Sora 1.2's scheduler."""
+
+import numpy as np
+import pytest
+
+from mila_jax.errors import UserError
+from mila_jax.parity import rflow
+
+
+def test_everything_recorded_is_reproduced(golden):
+    npz = dict(golden("rflow.npz"))
+    results = rflow.check(npz)
+    names = [name for name, _, _ in results]
+    for part in ("plain/out", "tt/out", "tt30/out", "discrete7/out", "mask_plain/out", "mask_tt/out", "mask_plain/x_mask",
+                 "train_mask/loss", "train_nomask/x_t", "tt_grid/out", "mask_strategy/align5/z", "mask_strategy/alignNone/mask"):  # fmt: skip
+        assert part in names
+    assert [(name, error) for name, error, tolerance in results if not error <= tolerance] == []
+
+
+def test_format_is_recognised_and_differences_are_seen(golden):
+    npz = dict(golden("rflow.npz"))
+    assert rflow.matches(npz) and not rflow.matches({"meta_json": "", "w/x": 0})
+    npz["plain/out"] = npz["plain/out"] + 1e-3
+    npz["mask_strategy/align5/mask"] = 1 - npz["mask_strategy/align5/mask"]
+    bad = [name for name, error, tolerance in rflow.check(npz) if not error <= tolerance]
+    assert bad == ["plain/out", "mask_strategy/align5/mask"]
+    npz["tt_grid/out"] = np.nan_to_num(npz["tt_grid/out"])
+    assert "tt_grid/out" in [name for name, error, tolerance in rflow.check(npz) if not error <= tolerance]
+    del npz["train/t"]
+    with pytest.raises(UserError, match="train/t"):
+        rflow.check(npz)

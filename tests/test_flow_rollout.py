@@ -1,0 +1,229 @@
+"""Long videos on analytic fields that put every frame where its number says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mila_jax.errors import UserError
+from mila_jax.flow.anchors import renoise
+from mila_jax.flow.plan import STRATEGIES, plan_rollout
+from mila_jax.flow.rectified_flow import align
+from mila_jax.flow.rollout import SamplerOptions, continue_video, rollout, scan_stage, window_keys
+from mila_jax.flow.sampler import noise_like, sample_window
+
+B, V, H, W, C = 2, 2, 1, 2, 3
+OPTIONS = SamplerOptions(steps=3)
+OFFSET = 100.0 * np.arange(B)[:, None, None, None, None, None] + 10.0 * np.arange(V)[:, None, None, None, None] + np.arange(C) / 8
+SLOPE, WRONG = 0.5, 7.0
+
+
+def _truth(numbers):
+    """What the frames of these numbers look like, `[B, V, n, H, W, C]`."""
+    return np.broadcast_to(OFFSET + SLOPE * np.asarray(numbers)[:, None, None, None], (B, V, len(numbers), H, W, C)).astype(np.float32)
+
+
+def _conditions(windows, batch=B):
+    """Frame numbers and rate of each window, batch behind the window axis; what a network gets as times and fps."""
+    if windows is None:
+        return None
+    numbers = np.broadcast_to(windows.indices[:, None], (windows.count, batch, windows.indices.shape[1])).astype(np.float32)
+    return {"number": numbers, "fps": np.full((windows.count, batch), windows.fps, np.float32)}
+
+
+def continuing(latents, levels, conditions):
+    """Takes every clean frame, goes on from it by the difference of frame numbers, averages: all must be at their place."""
+    number = conditions["number"][:, None]
+    clean = levels == 0
+    guess = latents[:, :, None] + SLOPE * align(number[..., :, None] - number[..., None, :], latents[:, :, None])
+    target = (guess * align(clean[:, :, None], guess)).sum(axis=3) / align(clean.sum(axis=2, keepdims=True), latents)
+    return jnp.where(align(clean, latents), jnp.nan, (target - latents) / align(jnp.maximum(levels, 1e-6), latents))
+
+
+def knowing(latents, levels, conditions):
+    """Drives each frame to its truth by its number; coarse windows (fps below 12) are wrong by a constant."""
+    wrong = jnp.where(conditions["fps"] < 12, WRONG, 0.0)
+    target = OFFSET[:latents.shape[0]] + align(SLOPE * conditions["number"][:, None] + wrong[:, None, None], latents)
+    return (target - latents) / align(jnp.maximum(levels, 1e-6), latents)
+
+
+def _run(velocity, plan, *, key=0, options=OPTIONS, first=None, batch=B):
+    first = _truth(np.arange(1 - plan.given, 1))[:batch] if first is None else first
+    coarse, refine, bootstrap = (_conditions(stage, batch) for stage in (plan.coarse, plan.refine, plan.bootstrap))
+    return jax.jit(lambda first, key: rollout(velocity, first, plan, coarse, refine, key, options, bootstrap_conditions=bootstrap))(
+        first, jax.random.key(key)
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("frames, window, conditioning, given", [
+    (24, 8, 2, 2),  # a whole number of windows
+    (45, 8, 2, 2),  # coarse stage recurrent (8 anchors, 6 a window), last window cut
+    (5, 8, 2, 2),  # less than one window
+    (20, 8, 2, 1),  # bootstrap
+    (3, 8, 2, 1),  # bootstrap is enough
+    (7, 8, 2, 1),  # and just enough
+    (8, 8, 2, 1),  # and just not
+    (13, 8, 1, 1),
+    (11, 6, 4, 4),  # more conditioning than new frames: coarse windows see given frames and anchors
+    (14, 6, 4, 2),
+    (9, 5, 2, 6),  # more first frames than needed
+])  # fmt: skip
+def test_every_frame_is_at_its_place(strategy, frames, window, conditioning, given):
+    plan = plan_rollout(frames, window=window, conditioning=conditioning, strategy=strategy, given=given)
+    video = _run(continuing, plan)
+    assert video.latents.shape == (B, V, frames, H, W, C)
+    np.testing.assert_allclose(video.latents, _truth(np.arange(1, frames + 1)), atol=2e-3)
+    if plan.coarse is None:
+        assert video.anchors is None and video.corrected is None
+        return
+    numbers = plan.refine.indices[:, -1]
+    assert video.anchors.shape[2] == plan.anchors == len(numbers)
+    for anchors in (video.anchors, video.corrected):
+        np.testing.assert_allclose(anchors, _truth(numbers), atol=2e-3)
+
+
+def test_wrong_anchors_are_corrected_or_kept():
+    sizes = {"window": 8, "conditioning": 2, "given": 2}
+    numbers = 6 * np.arange(1, 8)
+    refined = _run(knowing, plan_rollout(40, strategy="coarse_to_refine", **sizes))
+    np.testing.assert_allclose(refined.anchors, _truth(numbers) + WRONG, atol=1e-3)
+    np.testing.assert_allclose(refined.corrected, _truth(numbers), atol=1e-3)
+    np.testing.assert_allclose(refined.latents, _truth(np.arange(1, 41)), atol=1e-3)
+    kept = _run(knowing, plan_rollout(40, strategy="divide_and_conquer", **sizes))
+    assert jnp.array_equal(kept.corrected, kept.anchors) and jnp.array_equal(kept.latents[:, :, 5::6], kept.anchors[:, :, :6])
+    wrong = WRONG * (np.arange(1, 41) % 6 == 0)[:, None, None, None]
+    np.testing.assert_allclose(kept.latents, _truth(np.arange(1, 41)) + wrong, atol=1e-3)
+    plain = _run(knowing, plan_rollout(40, strategy="recurrent", **sizes))
+    np.testing.assert_allclose(plain.latents, _truth(np.arange(1, 41)), atol=1e-3)
+
+
+def test_a_corrected_anchor_conditions_the_next_window():
+    """With a field that copies the last conditioning frame to noise frames but does not move the tail, each window shows its anchor."""
+
+    def copying(latents, levels, conditions):
+        reference = latents[:, :, 1:2]
+        toward = (reference - latents) / align(jnp.maximum(levels, 1e-6), latents)
+        return toward.at[:, :, -1].set(0.0)
+
+    plan = plan_rollout(18, window=8, conditioning=2)
+    video = _run(copying, plan).latents
+    for window in (1, 2):
+        anchor = video[:, :, 6 * window - 1:6 * window]
+        np.testing.assert_allclose(video[:, :, 6 * window:6 * window + 5], np.repeat(anchor, 5, axis=2), atol=1e-5)
+        assert not jnp.allclose(video[:, :, 6 * window + 5], anchor[:, :, 0], atol=0.1)
+
+
+def test_anchors_enter_re_noised():
+    plan, key = plan_rollout(18, window=8, conditioning=2), jax.random.key(0)
+    video = _run(lambda latents, *_: jnp.zeros_like(latents), plan)  # what goes in comes out
+    for number in range(3):
+        noise = noise_like(window_keys(key, B, "refine", number), (B, V, 6, H, W, C))
+        expected, level = renoise(video.anchors[:, :, number], OPTIONS.sigma_a, OPTIONS.a, noise[:, :, -1])
+        assert float(level) == np.float32(OPTIONS.sigma_a)
+        np.testing.assert_allclose(video.corrected[:, :, number], expected, atol=1e-6)
+        np.testing.assert_allclose(video.latents[:, :, 6 * number:6 * number + 5], noise[:, :, :5], atol=1e-6)
+    assert len({float(x) for x in video.latents.ravel()}) == video.latents.size  # no noise is used twice
+
+
+def test_plain_cases_are_exactly_plain():
+    """σ_a = 1 and a = 0 is the recurrent strategy; one window with α = 0 is the plain sampler."""
+    options = SamplerOptions(steps=3, alpha=0.0, a=0.0, sigma_a=1.0)
+    sizes = {"window": 8, "conditioning": 2}
+    anchored = _run(continuing, plan_rollout(20, **sizes), options=options)
+    recurrent = _run(continuing, plan_rollout(20, strategy="recurrent", **sizes), options=options)
+    assert jnp.array_equal(anchored.latents, recurrent.latents)
+    plan = plan_rollout(6, strategy="recurrent", **sizes)
+    noise = noise_like(window_keys(jax.random.key(0), B, "refine", 0), (B, V, 6, H, W, C))
+    x = jnp.concatenate([_truth([-1, 0]), noise], axis=2)
+    rows = np.linspace(1, 0, 4)[:, None] * (np.arange(8) >= 2)
+    conditions = jax.tree.map(lambda leaf: leaf[0], _conditions(plan.refine))
+    plain = jax.jit(lambda x: sample_window(continuing, x, rows, conditions))(x)
+    np.testing.assert_allclose(_run(continuing, plan, options=options).latents, plain[:, :, 2:], atol=1e-6)
+
+
+def _restless(latents, levels, conditions):
+    """Keeps a trace of the noise, so that different noise shows."""
+    return 0.3 * latents + 0.1 * latents.mean(axis=2, keepdims=True) + align(levels, latents) * 0.2
+
+
+def test_same_seed_same_video_for_any_batch_and_from_the_host():
+    plan = plan_rollout(20, window=8, conditioning=2)
+    video = _run(_restless, plan, key=3)
+    assert jnp.array_equal(video.latents, _run(_restless, plan, key=3).latents)
+    assert not jnp.allclose(video.latents, _run(_restless, plan, key=4).latents, atol=1e-3)
+    np.testing.assert_allclose(_run(_restless, plan, key=3, batch=1).latents, video.latents[:1], atol=1e-6)
+    conditions, parts = _conditions(plan.refine), []
+    context = jnp.asarray(_truth([-1, 0]))
+    step = jax.jit(lambda *arguments: continue_video(_restless, *arguments, windows=plan.refine, options=OPTIONS))
+    for number in range(plan.refine.count):
+        here = jax.tree.map(lambda leaf: leaf[number], conditions)
+        context, new = step(context, video.anchors[:, :, number], here, window_keys(jax.random.key(3), B, "refine", number))
+        parts.append(new)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=2)[:, :, :20], video.latents, atol=1e-5)
+
+
+def test_the_network_is_compiled_once_per_stage_whatever_the_length():
+    calls = []
+
+    def counting(latents, levels, conditions):
+        calls.append(latents.shape)
+        return _restless(latents, levels, conditions)
+
+    for frames in (12, 90):
+        calls.clear()
+        _run(counting, plan_rollout(frames, window=8, conditioning=2, given=1))
+        assert calls == [(B, V, 8, H, W, C)] * 3  # bootstrap, coarse, refine
+
+
+def test_scan_stage_without_anchors_returns_context():
+    plan = plan_rollout(12, window=8, conditioning=2, strategy="recurrent")
+    context, new = scan_stage(continuing, jnp.asarray(_truth([-1, 0])), None, _conditions(plan.refine), jax.random.key(0),
+                              stage="refine", windows=plan.refine, options=OPTIONS)  # fmt: skip
+    assert new.shape[2] == 12 and jnp.array_equal(context, new[:, :, -2:])
+
+
+def test_plan_of_the_embedded_model():
+    plan = plan_rollout(40, window=8, conditioning=2, anchor_stride=6)
+    assert plan.coarse.indices.tolist() == [[-1, 0, 6, 12, 18, 24, 30, 36], [30, 36, 42, 48, 54, 60, 66, 72]]
+    assert plan.refine.indices[:2].tolist() == [[-1, 0, 1, 2, 3, 4, 5, 6], [5, 6, 7, 8, 9, 10, 11, 12]]
+    assert (plan.refine.count, plan.anchors, plan.coarse.fps, plan.refine.fps, plan.horizon) == (7, 7, 2.0, 12.0, 6.0)
+    assert plan.coarse.reference.tolist() == [0, 36] and plan.refine.reference.tolist() == [0, 6, 12, 18, 24, 30, 36]
+    np.testing.assert_allclose(plan.coarse.frame_times[0], [-1 / 12, 0, 0.5, 1, 1.5, 2, 2.5, 3])
+    np.testing.assert_allclose(plan.coarse.frame_times[1], [-0.5, 0, 0.5, 1, 1.5, 2, 2.5, 3])
+    np.testing.assert_allclose(plan.refine.times[1], np.arange(5, 13) / 12)
+    assert plan.refine.clean_mask.shape == (7, 8) and plan.refine.clean.tolist() == [True] * 2 + [False] * 6
+    assert (plan.refine.anchor, plan.refine.kept_anchor) == (7, None) and list(plan.stages) == ["coarse", "refine"]
+    kept = plan_rollout(40, window=8, conditioning=2, strategy="divide_and_conquer").refine
+    assert (kept.anchor, kept.kept_anchor) == (None, 7) and kept.clean.tolist() == [True] * 2 + [False] * 5 + [True]
+    short = plan_rollout(20, window=8, conditioning=2, given=1)
+    assert short.bootstrap.indices.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]] and short.bootstrap.conditioning == 1
+    assert short.coarse.indices[0].tolist() == [6, 7, 13, 19, 25, 31, 37, 43] and short.refine.reference.tolist() == [7, 13, 19]
+    assert plan_rollout(720, window=16, conditioning=4).refine.count == 60  # a minute
+
+
+@pytest.mark.parametrize("bad, word", [
+    ({"strategy": "magic"}, "coarse_to_refine"),
+    ({"anchor_stride": 5}, "set anchor_stride = 6"),
+    ({"conditioning": 8}, "window"),
+    ({"conditioning": 0}, "conditioning"),
+    ({"frames": 0}, "frames"),
+    ({"given": 0}, "first frame"),
+    ({"fps": 0}, "fps"),
+    ({"conditioning": 7, "strategy": "divide_and_conquer"}, "anchor_stride"),
+])  # fmt: skip
+def test_plans_that_cannot_work_name_the_key(bad, word):
+    arguments = {"frames": 20, "window": 8, "conditioning": 2} | bad
+    with pytest.raises(UserError, match=word):
+        plan_rollout(arguments.pop("frames"), **arguments)
+
+
+def test_options_and_inputs_are_checked():
+    with pytest.raises(UserError, match="sigma_a"):
+        SamplerOptions(a=0.5, sigma_a=0.3)
+    plan_rollout(20, window=8, conditioning=2, anchor_stride=3, strategy="recurrent")  # no anchors, no stride to fit
+    plan = plan_rollout(20, window=8, conditioning=2)
+    with pytest.raises(UserError, match="2 first frames"):
+        _run(knowing, plan, first=_truth([0]))
+    with pytest.raises(UserError, match="refine conditions"):
+        rollout(knowing, _truth([-1, 0]), plan, _conditions(plan.coarse), _conditions(plan.coarse), jax.random.key(0))

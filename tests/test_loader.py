@@ -1,0 +1,69 @@
+"""The loader: the same global batches for any number of hosts, epochs that are permutations, and resume by step number."""
+
+import grain
+import numpy as np
+import pytest
+
+from data_pipeline.loader import make_loader
+from mila_jax.errors import UserError
+
+
+class Numbers:
+    """A source of 37 items that know their own number."""
+
+    def __len__(self):
+        return 37
+
+    def __getitem__(self, i):
+        return {"number": np.int64(i), "values": np.full((2, 3), i, np.float32)}
+
+
+def batches(count, **options):
+    """The first `count` batches of a host as lists of numbers."""
+    iterator = iter(make_loader(Numbers(), **options))
+    return [next(iterator)["number"].tolist() for _ in range(count)]
+
+
+def test_the_global_batch_does_not_depend_on_the_hosts():
+    one = batches(8, batch_size=8, seed=3)
+    for hosts in (2, 4):
+        parts = [batches(8, batch_size=8, seed=3, process_index=p, process_count=hosts) for p in range(hosts)]
+        for step in range(8):
+            assert sorted(sum((part[step] for part in parts), [])) == sorted(one[step])
+            assert all(len(part[step]) == 8 // hosts for part in parts)
+
+
+def test_epochs_are_different_permutations_of_everything():
+    numbers = np.array(batches(37 * 2, batch_size=1, seed=0)).ravel()
+    assert sorted(numbers[:37]) == sorted(numbers[37:]) == list(range(37))
+    assert list(numbers[:37]) != list(numbers[37:]) and list(numbers[:37]) != list(range(37))
+    assert batches(3, batch_size=4, seed=0) == batches(3, batch_size=4, seed=0) != batches(3, batch_size=4, seed=1)
+
+
+def test_without_shuffle_in_order():
+    assert batches(2, batch_size=20, seed=0, shuffle=False) == [list(range(20)), [*range(20, 37), 0, 1, 2]]
+
+
+def test_resume_by_step_number_even_on_another_number_of_hosts():
+    straight = batches(9, batch_size=4, seed=5)
+    iterator = iter(make_loader(Numbers(), batch_size=4, seed=5))
+    grain.experimental.set_next_index(iterator, 6)
+    assert [next(iterator)["number"].tolist() for _ in range(3)] == straight[6:]
+    assert grain.experimental.get_next_index(iterator) == 9
+    found = []
+    for host in range(2):
+        iterator = iter(make_loader(Numbers(), batch_size=4, seed=5, process_index=host, process_count=2))
+        grain.experimental.set_next_index(iterator, 6)
+        found += next(iterator)["number"].tolist()
+    assert sorted(found) == sorted(straight[6])
+
+
+def test_batches_are_stacked():
+    batch = next(iter(make_loader(Numbers(), batch_size=4, seed=0)))
+    assert batch["values"].shape == (4, 2, 3) and np.all(batch["values"][:, 0, 0] == batch["number"])
+
+
+@pytest.mark.parametrize("size, hosts", [(6, 4), (0, 1)])
+def test_batch_that_hosts_cannot_share(size, hosts):
+    with pytest.raises(UserError, match="train.batch_size"):
+        make_loader(Numbers(), batch_size=size, seed=0, process_count=hosts)
