@@ -1,8 +1,8 @@
 """Clips of any rate, length and conditioning length, assembled from per-instant records without encoding again.
 
-A clip's frames are chosen by time. Its conditioning frames lie 1/12 s apart (by default) and the last of them is at time 0; generated frame j
-lies at j/fps. For each wanted time the nearest instant is taken; a start at which one of them is farther than half a frame away
-(a camera missed a frame there, or the scene is over) is no start.
+A clip's frames are chosen by time. Its conditioning frames lie 1/12 s apart (by default) and the last of them is at time 0;
+generated frame j lies at j/fps. For each wanted time the nearest instant is taken; a start at which one of them is farther than
+half a frame away (a camera missed a frame there, or the scene is over) is no start.
 """
 
 import collections
@@ -169,6 +169,8 @@ def check_specs(specs: Sequence[ClipSpec], weights) -> tuple[float, ...]:
             raise UserError(f"data.conditioning={spec.conditioning} must lie between 1 and data.frames={spec.frames} - 1")
         if not spec.fps > 0 or spec.fps > CONDITIONING_FPS:
             raise UserError(f"data.fps={spec.fps:g} must be above 0 and at most {CONDITIONING_FPS}, the rate of the data")
+        if not 0 < spec.conditioning_fps <= CONDITIONING_FPS:
+            raise UserError(f"data.conditioning_fps={spec.conditioning_fps:g} must be above 0 and at most {CONDITIONING_FPS}")
     weights = [1.0] * len(specs) if weights is None else [float(w) for w in weights]
     if len(weights) != len(specs) or min(weights) < 0 or sum(weights) <= 0:
         raise UserError(f"data.weights={weights}: one number >= 0 for each of the {len(specs)} kinds of clips, not all 0")

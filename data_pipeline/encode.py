@@ -69,7 +69,8 @@ def encode_dataset(
         index = records.Index(scenes=scenes, **{**job, "latent_shape": latent_shape, "image_size": tuple(job["image_size"])})
         records.write_atomically(out_dir / "index.json", msgspec.json.encode(index))
     except OSError as error:
-        raise UserError(f"cannot write the encoded data set: {error.filename or out_dir}: {error.strerror}; choose another folder") from error
+        where = error.filename or out_dir
+        raise UserError(f"cannot write the encoded data set: {where}: {error.strerror}; choose another folder") from error
 
 
 class SceneEncoder:
@@ -85,7 +86,9 @@ class SceneEncoder:
         """Makes the shard of one scene unless it is complete already; returns the scene's part of the index."""
         moments = instants(scene)
         if not moments:
-            raise UserError(f"{self.root}: scene {scene.name!r} has no moment at which all six cameras have a frame; remove it from the split")
+            raise UserError(
+                f"{self.root}: scene {scene.name!r} has no moment at which all six cameras have a frame; take it out of scene.json"
+            )
         fingerprint = self.fingerprint(number, scene, moments)
         path, mark = self.out_dir / shard, self.out_dir / f"{shard}.json"
         done = complete(path, mark, fingerprint)
@@ -114,7 +117,8 @@ class SceneEncoder:
 
     def fingerprint(self, number: int, scene, moments) -> str:
         """A hash of everything that the shard's content depends on, but the pixels themselves."""
-        digest = hashlib.sha256(msgspec.json.encode([self.job, number, scene.name, scene.token, scene.description, scene.split], order="sorted"))
+        about = [self.job, number, scene.name, scene.token, scene.description, scene.location, scene.split]
+        digest = hashlib.sha256(msgspec.json.encode(about, order="sorted"))
         for moment in moments:
             digest.update("\n".join(moment.files).encode())
             for field in ("timestamps_us", "intrinsics", *POSES):

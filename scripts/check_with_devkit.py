@@ -38,6 +38,7 @@ def compare(root, version, path):
     """Walks scenes, samples, chains, annotations and boxes with the devkit and compares each camera record with `path`."""
     import numpy as np
     from nuscenes.nuscenes import NuScenes
+    from nuscenes.utils.data_classes import LidarPointCloud
     from PIL import Image
 
     ours = json.loads(pathlib.Path(path).read_text())
@@ -54,12 +55,10 @@ def compare(root, version, path):
             sample = nusc.get("sample", token)
             tokens.append(token)
             for channel, data in sample["data"].items():
-                with_vehicle_boxes = nusc.get_sample_data(data)
-                count["boxes_in_images"] += len(with_vehicle_boxes[1]) if channel.startswith("CAM") else 0
+                file, boxes, _ = nusc.get_sample_data(data)
+                count["boxes_in_images"] += len(boxes) if channel.startswith("CAM") else 0
                 if channel == "LIDAR_TOP":
-                    from nuscenes.utils.data_classes import LidarPointCloud
-
-                    count["lidar_points"] += LidarPointCloud.from_file(with_vehicle_boxes[0]).nbr_points()
+                    count["lidar_points"] += LidarPointCloud.from_file(file).nbr_points()
                 count["boxes"] += len(nusc.get_boxes(data))
             for annotation in sample["anns"]:
                 row = nusc.get("sample_annotation", annotation)
@@ -73,7 +72,8 @@ def compare(root, version, path):
             token, i = first["data"][channel], 0
             while token:
                 row = nusc.get("sample_data", token)
-                pose, calibration = nusc.get("ego_pose", row["ego_pose_token"]), nusc.get("calibrated_sensor", row["calibrated_sensor_token"])
+                pose = nusc.get("ego_pose", row["ego_pose_token"])
+                calibration = nusc.get("calibrated_sensor", row["calibrated_sensor_token"])
                 assert row["timestamp"] == camera["timestamps"][i] and row["filename"] == camera["files"][i], (channel, i)
                 assert row["is_key_frame"] == camera["key"][i], (channel, i)
                 k, size = calibration["camera_intrinsic"], (row["width"], row["height"])
@@ -85,7 +85,8 @@ def compare(root, version, path):
                     assert image.size == size
                 count["records"] += 1
                 i, token = i + 1, row["next"]
-            assert i == len(camera["timestamps"]), f"{scene['name']} {channel}: {i} records by prev/next, {len(camera['timestamps'])} by time"
+            by_time = len(camera["timestamps"])
+            assert i == by_time, f"{scene['name']} {channel}: {i} records by prev/next, {by_time} by time"
     print("the devkit and our reader agree:", ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in count.items()))
 
 

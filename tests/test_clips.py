@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 
-import nuscenes_stub as stub
 from data_pipeline import records
 from data_pipeline.clips import ClipSource, ClipSpec, find_starts, interleave, read_scene
 from mila_jax.errors import UserError
+from tests import nuscenes_stub as stub
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,10 @@ def encoded(tmp_path_factory):
 def test_wanted_times():
     np.testing.assert_allclose(ClipSpec(6, 3, 2.0).offsets(), [-2 / 12, -1 / 12, 0, 0.5, 1.0, 1.5])
     np.testing.assert_allclose(ClipSpec(3, 1, 12.0).offsets(), [0, 1 / 12, 2 / 12])
+    np.testing.assert_allclose(ClipSpec(4, 2, 2.0, conditioning_fps=2.0).offsets(), [-0.5, 0, 0.5, 1.0])
 
 
-@pytest.mark.parametrize("spec", [ClipSpec(5, 2, 12.0), ClipSpec(4, 1, 2.0), ClipSpec(4, 3, 1.0)])
+@pytest.mark.parametrize("spec", [ClipSpec(5, 2, 12.0), ClipSpec(4, 1, 2.0), ClipSpec(4, 3, 1.0), ClipSpec(4, 2, 2.0, 1.0)])
 def test_starts_are_those_that_an_exhaustive_search_finds(spec):
     rng = np.random.default_rng(0)
     turns = np.rint(np.arange(120) * 5 / 3) * 0.05 + rng.uniform(-1e-3, 1e-3, 120)
@@ -118,6 +119,7 @@ def test_window_longer_than_the_data(encoded):
         ([ClipSpec(4, 0, 2.0)], None, "data.conditioning=0"),
         ([ClipSpec(4, 1, 24.0)], None, "data.fps=24"),
         ([ClipSpec(4, 1, 0.0)], None, "data.fps=0"),
+        ([ClipSpec(4, 2, 2.0, 0.0)], None, "data.conditioning_fps=0"),
         ([ClipSpec(4, 1, 2.0)], [0.0], "data.weights"),
         ([ClipSpec(4, 1, 2.0)], [1.0, 2.0], "data.weights"),
     ],

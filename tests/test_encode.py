@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-import nuscenes_stub as stub
 from data_pipeline import records
 from data_pipeline.clips import read_scene
 from data_pipeline.nuscenes.reader import instants, load_image, open_nuscenes
 from mila_jax.errors import UserError
+from tests import nuscenes_stub as stub
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_tfds_opens_the_folder_without_tensorflow(encoded):
 
 def test_stopped_at_any_scene_then_resumed_gives_the_same_bytes(root, encoded, tmp_path):
     whole = stub.tree_bytes(encoded)
-    calls = []
+    calls, stop = [], 0
 
     def failing(images):
         calls.append(len(images))
@@ -66,7 +66,7 @@ def test_stopped_at_any_scene_then_resumed_gives_the_same_bytes(root, encoded, t
             raise KeyboardInterrupt
         return stub.encode_images(images)
 
-    stub.encode(root, tmp_path / "count", images=failing) if (stop := 0) == 0 else None
+    stub.encode(root, tmp_path / "uninterrupted", images=failing)
     total = len(calls)
     assert total > 12 and set(calls) == {7}, "always the same batch, so that the encoder compiles once"
     for stop in (1, total // 2, total):
@@ -77,11 +77,12 @@ def test_stopped_at_any_scene_then_resumed_gives_the_same_bytes(root, encoded, t
         with pytest.raises(UserError, match="no finished encoded data set"):
             records.open_split(out, "train")
         marked = [p.name.removesuffix(".json") for p in out.glob("*-*.json")]
+        assert len(marked) == {1: 0, total // 2: 1, total: 2}[stop]
         assert all((out / name).read_bytes() == whole[name] for name in marked)
         calls.clear()
-        encode_from, stop = len(marked), 0
+        stop = 0
         stub.encode(root, out, images=failing)
-        assert len(calls) <= total - encode_from * (total // 3 - 1) and stub.tree_bytes(out) == whole
+        assert len(calls) <= total - len(marked) * (total // 3 - 1) and stub.tree_bytes(out) == whole
     calls.clear()
     stub.encode(root, out, images=failing)
     assert calls == []
@@ -105,9 +106,10 @@ def test_more_scenes_extend_and_another_encoder_starts_over(tmp_path):
 
     for scenes in (2, 3):
         stub.write(tmp_path / "sim", scenes=scenes, seconds=2.0)
-        calls.clear()
+        before = len(calls)
         stub.encode(tmp_path / "sim", tmp_path / "enc", images=counting)
-    per_scene = len(calls)
+    per_scene = len(calls) - before
+    assert 0.8 < per_scene / (before / 2) < 1.25, "the third scene alone is encoded the second time"
     assert [s.name for s in records.read_index(tmp_path / "enc").scenes] == ["scene-0001", "scene-0002", "scene-0003"]
     calls.clear()
 

@@ -20,11 +20,11 @@ def extractor():
     return FeatureExtractor(size=112, chunk=16)
 
 
-@pytest.mark.parametrize("size, stride, shape", [(3, 1, (7, 9)), (3, 2, (8, 9)), (5, 2, (7, 10)), (5, 1, (4, 4))])
+@pytest.mark.parametrize("size, stride, shape", [(3, 2, (8, 9)), (5, 1, (4, 7)), (5, 2, (7, 10))])
 def test_depthwise_equals_grouped_convolution(size, stride, shape):
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (2, *shape, 6))
-    kernel = jax.random.normal(keys[1], (size, size, 1, 6))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *shape, 6)).astype(np.float32)
+    kernel = rng.normal(size=(size, size, 1, 6)).astype(np.float32)
     expected = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6
     )
@@ -112,7 +112,7 @@ def test_missing_package_and_wrong_file_are_explained(monkeypatch, tmp_path):
     other.write_bytes(b"something else")
     with pytest.raises(UserError, match=r"other\.pth: SHA-256"):
         load_params(other)
-    with pytest.raises(UserError, match="size is 64"):
+    with pytest.raises(UserError, match="size 64, chunk"):
         FeatureExtractor(size=64)
     assert len(efficientnet.SHA256) == 64
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import nuscenes_stub as stub
 from data_pipeline.nuscenes import reader, splits
 from data_pipeline.nuscenes.reader import instants, load_image, open_nuscenes
 from data_pipeline.simulator.rig import load_rig
 from mila_jax.errors import UserError
 from mila_jax.views import VIEWS, view_index
+from tests import nuscenes_stub as stub
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import nuscenes_stub as stub
 from data_pipeline.simulator import annotate, tables
 from data_pipeline.simulator.rig import load_rig
 from data_pipeline.simulator.timing import make_schedule
@@ -15,6 +14,7 @@ from data_pipeline.simulator.write import remove
 from mila_jax import geometry
 from mila_jax.errors import UserError
 from mila_jax.views import VIEWS, view_index
+from tests import nuscenes_stub as stub
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ Every marking is a box-filtered pulse, so a line thinner than a pixel fades inst
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from data_pipeline.simulator.network import ARCS
-from data_pipeline.simulator.road import LANE, SIDEWALK, arc_coordinates
+from data_pipeline.simulator.road import LANE, LIGHT_SPACING, SIDEWALK, arc_coordinates
 
 STREET = 4 + 2 * 4  # half width, lanes, parking, unused, then (arc length, other half width) of four junctions
 
@@ -89,7 +90,7 @@ def _markings(s, d, fs, fd, street, boston, side):
     arrow = (shaft + head) * approach
     white = dashes + zebra + stop + arrow + jnp.where(boston, edge, centre)
     yellow = jnp.where(boston, centre, edge)
-    return jnp.clip(white, 0, 1), jnp.clip(yellow, 0, 1), far
+    return jnp.clip(white, 0, 1), jnp.clip(yellow, 0, 1)
 
 
 def ground(x, y, along, across, direction, arcs, streets, boston, side):
@@ -107,25 +108,29 @@ def ground(x, y, along, across, direction, arcs, streets, boston, side):
         # Union with a fillet, so kerbs turn the corner on an arc.
         round_ = jnp.sqrt(jnp.maximum(radius - a, 0.0) ** 2 + jnp.maximum(radius - kerb, 0.0) ** 2)
         kerb = jnp.maximum(radius, jnp.minimum(a, kerb)) - round_
-    white = yellow = lamps = jnp.zeros_like(x)
-    worn = jnp.zeros_like(x)
-    for i, (s, d, c, n) in enumerate(frames):
-        lead = jnp.abs(direction[0] * c + direction[1] * n)
-        turn = jnp.sqrt(jnp.maximum(1 - lead * lead, 0.0))
-        fs = jnp.sqrt((along * lead) ** 2 + (across * turn) ** 2) + 0.02
-        fd = jnp.sqrt((along * turn) ** 2 + (across * lead) ** 2) + 0.02
-        w, o, far = _markings(s, d, fs, fd, streets[i], boston, side)
-        mine = step(-edges[i], fd)
-        for j, other in enumerate(edges):
-            if j != i:
-                mine = mine * step(other, across + 0.1)
-        white, yellow = jnp.maximum(white, w * mine), jnp.maximum(yellow, o * mine)
-        # Lanes are a little darker where tyres run.
-        tracks = 0.5 + 0.5 * jnp.cos(2 * jnp.pi * d / LANE)
-        worn = jnp.maximum(worn, mine * tracks * jnp.clip(1 - fd / 1.5, 0, 1))
-        pool = 0.5 + 0.5 * jnp.cos(s * (2 * jnp.pi / 28.0) + jnp.where(d > 0, jnp.pi, 0.0))
-        fall = jnp.exp(-((jnp.maximum(jnp.abs(edges[i]) - 1.0, 0.0) / 7.0) ** 2))
-        lamps = jnp.maximum(lamps, (0.35 + 0.65 * pool) * fall)
+    # A spot carries the paint of the street it lies on, and none where two streets cross.
+    best, second = edges[0], jnp.full_like(x, 1e3)
+    frame, street = frames[0], [streets[0, n] for n in range(STREET)]
+    for i in range(1, len(frames)):
+        nearer = edges[i] < best
+        second = jnp.where(nearer, best, jnp.minimum(second, edges[i]))
+        best = jnp.where(nearer, edges[i], best)
+        frame = tuple(jnp.where(nearer, a, b) for a, b in zip(frames[i], frame, strict=True))
+        street = [jnp.where(nearer, streets[i, n], street[n]) for n in range(STREET)]
+    kerb, best, second, frame, street = lax.optimization_barrier((kerb, best, second, frame, street))
+    s, d, c, n = frame
+    lead = jnp.abs(direction[0] * c + direction[1] * n)
+    turn = jnp.sqrt(jnp.maximum(1 - lead * lead, 0.0))
+    fs = jnp.sqrt((along * lead) ** 2 + (across * turn) ** 2) + 0.02
+    fd = jnp.sqrt((along * turn) ** 2 + (across * lead) ** 2) + 0.02
+    white, yellow = _markings(s, d, fs, fd, street, boston, side)
+    mine = step(-best, fd) * step(second, across + 0.1)
+    white, yellow = white * mine, yellow * mine
+    # Lanes are a little darker where tyres run.
+    worn = mine * (0.5 + 0.5 * jnp.cos(2 * jnp.pi * d / LANE)) * jnp.clip(1 - fd / 1.5, 0, 1)
+    pool = 0.5 + 0.5 * jnp.cos(s * (2 * jnp.pi / LIGHT_SPACING) + jnp.where(d > 0, jnp.pi, 0.0))
+    lamps = (0.35 + 0.65 * pool) * jnp.exp(-((jnp.maximum(jnp.abs(best) - 1.0, 0.0) / 7.0) ** 2))
+    white, yellow, worn, lamps = lax.optimization_barrier((white, yellow, worn, lamps))
     fade = jnp.clip(1.2 - across / 1.2, 0.0, 1.0)
     cloudy = jnp.sin(x * 0.11 + 1.3 * jnp.sin(y * 0.07)) * jnp.sin(y * 0.13 + 1.1 * jnp.sin(x * 0.05)) * fade
     foot = along * 0.5 + across

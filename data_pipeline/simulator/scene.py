@@ -39,7 +39,7 @@ def logfile_name(location: str, night: bool, index: int, key: str) -> tuple[str,
 
 def write_scene(root: Path, config, index: int, world, rig, renderer) -> dict[str, list[dict]]:
     """Renders one scene, writes its images and lidar files and returns its rows (see `tables.SCENE_TABLES`)."""
-    key = token(config.seed, config.seconds, config.height, config.width, config.jpeg_quality, index)
+    key = token(config.seed, float(config.seconds), config.height, config.width, config.jpeg_quality, index)
     rng = np.random.default_rng([config.seed, index, 12])
     schedule = make_schedule(config.seconds, rig.offset_seconds, rng)
     logfile, start = logfile_name(world.location, world.night, index, key)
@@ -96,7 +96,8 @@ def render(root: Path, config, world, rig, renderer, schedule, files) -> dict:
     camera2ego = geometry.transform(rig.translation, rig.quaternion)
     ego2lidar = geometry.inverse(geometry.transform(annotate.LIDAR_TRANSLATION, annotate.LIDAR_ROTATION))
     keyframes = {"instance": [], "world2camera": []}
-    at_once = max(1, RENDER_BYTES // (6 * config.height * config.width * BYTES_PER_PIXEL))
+    # A multiple of 8, since the renderer works in small fixed groups of frames.
+    at_once = max(1, RENDER_BYTES // (6 * config.height * config.width * BYTES_PER_PIXEL) // 8) * 8
     for folder in {(root / name).parent for names in files.values() for name in names.values()}:
         folder.mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -13,6 +13,7 @@ from data_pipeline.simulator.shading import objects, sky
 
 UNROLL = 4  # boxes per loop turn; counts are rounded up to it
 FAR = 1e4
+NOTHING = 255  # index of a ray that met no object; also the mask of the index bits
 # Columns of the box table: centre 0:3, half 3:6, taper 6, colour 7:10, second 10:13, kind 13, extra 14, cos 15, sin 16, id 17.
 COLUMNS = 18
 
@@ -53,19 +54,21 @@ def _ellipsoid(d, row):
     return jnp.where((disc > 0) & (t > 0.05), t, FAR)
 
 
-def _nearest(d, rows, count, entry, t, k, base):
-    """Runs through `count` rows of a table and keeps the nearest hit; indices start at `base`."""
+def _nearest(d, rows, count, entry, keys, base):
+    """Runs through `count` rows of a table and keeps the nearest hit per ray; indices start at `base`.
 
-    def turn(i, carry):
-        t, k = carry
+    keys: [p] int32, a depth's float bits with the last eight replaced by the index: positive floats sort like their bits, so one
+    integer minimum carries depth and index together (the depth, good to 3e-5, is computed again afterwards).
+    """
+
+    def turn(i, keys):
         for j in range(UNROLL):
             n = i * UNROLL + j
-            new = entry(d, rows[n])
-            nearer = new < t
-            t, k = jnp.where(nearer, new, t), jnp.where(nearer, base + n, k)
-        return t, k
+            bits = lax.bitcast_convert_type(entry(d, rows[n]), jnp.int32)
+            keys = jnp.minimum(keys, (bits & ~NOTHING) | (base + n))
+        return keys
 
-    return lax.fori_loop(0, (count + UNROLL - 1) // UNROLL, turn, (t, k))
+    return lax.fori_loop(0, (count + UNROLL - 1) // UNROLL, turn, keys)
 
 
 def _sunlit(x, y, casters, count, look):
@@ -105,13 +108,20 @@ def trace(camera, rays, scene, look):
     height = camera["position"][2]
     t_ground = jnp.where(d[2] < -1e-4, height / jnp.maximum(-d[2], 1e-4), FAR)
     t_ground = jnp.where(t_ground < 900.0, t_ground, FAR)
-    none = jnp.full(t_ground.shape, -1, jnp.int32)
-    t, k = _nearest(d, camera["boxes"], camera["box_count"], _box, t_ground, none, 0)
-    t, k = _nearest(d, camera["rounds"], camera["round_count"], _ellipsoid, t, k, camera["boxes"].shape[0])
+    boxes = camera["boxes"].shape[0]
+    keys = (lax.bitcast_convert_type(t_ground, jnp.int32) & ~NOTHING) | NOTHING
+    keys = _nearest(d, camera["boxes"], camera["box_count"], _box, keys, 0)
+    keys = _nearest(d, camera["rounds"], camera["round_count"], _ellipsoid, keys, boxes)
+    k = keys & NOTHING
+    is_object, is_round = k != NOTHING, k >= boxes
     table = jnp.concatenate([camera["boxes"], camera["rounds"]]).T
-    row = table[:, jnp.maximum(k, 0)]
-    is_round = k >= camera["boxes"].shape[0]
-    is_object, is_sky = k >= 0, (k < 0) & (t >= FAR)
+    row = table[:, jnp.where(is_object, k, 0)]
+    exact = jnp.where(is_round, _ellipsoid(d, row), _box(d, row))
+    # A grazing ray may miss on the second, differently rounded evaluation; its packed depth serves then.
+    packed = lax.bitcast_convert_type(keys & ~NOTHING, jnp.float32)
+    t = jnp.where(is_object, jnp.where(exact < FAR, exact, packed), t_ground)
+    is_sky = ~is_object & (t >= FAR)
+    row, t, is_object, is_round = lax.optimization_barrier((row, t, is_object, is_round))
 
     norm = jnp.sqrt(d[0] ** 2 + d[1] ** 2 + d[2] ** 2)
     distance = jnp.minimum(t, 2000.0) * norm

@@ -85,7 +85,7 @@ def check(config: SimulatorConfig) -> None:
 
 def claim(home: Path, config: SimulatorConfig) -> None:
     """Marks `home` as holding data of `config`; UserError when it holds data made with other settings."""
-    wanted = dataclasses.asdict(config)
+    wanted = dataclasses.asdict(config) | {"seconds": float(config.seconds)}
     for extendable in ("scenes", "val_scenes"):
         del wanted[extendable]
     path = home / "simulator.json"

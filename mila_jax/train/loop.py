@@ -85,6 +85,10 @@ class Trainer:
             if config[section][name] is None:
                 raise UserError(f"{key} is not set; give --config.{key}=FOLDER")
         self.config, self.folder = config, pathlib.Path(config.train.dir)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}); set train.dir to a writable folder") from None
         self.objective = step_module.Objective.from_config(config)
         specs, shares = clip_specs(config)
         self.train_source = ClipSource(config.data.dir, "train", specs, shares)
@@ -113,7 +117,6 @@ class Trainer:
             weights = load_model(self.config.train.init_from).covariance
         else:
             weights = measure_covariance(self.config.data.dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(np.asarray(weights, np.float64).round(6).tolist()))
         return np.asarray(json.loads(path.read_text()), np.float32)
 

@@ -1,0 +1,169 @@
+"""From weights to videos, and the command line around it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.clips import read_scene
+from data_pipeline.records import read_index
+from mila_jax import cli, generate
+from mila_jax.evaluate.video import read_video
+from mila_jax.model.weights import load_model
+from mila_jax.prepare import open_codec
+from mila_jax.start import from_scene
+from mila_jax.train.loop import train
+from mila_jax.views import VIEWS
+
+
+@pytest.fixture(scope="module")
+def trained(small_config, tmp_path_factory):
+    """(config with weights, val scene): two steps of training; the pictures mean nothing."""
+    config = small_config.copy_and_resolve_references()
+    config.train.dir = str(tmp_path_factory.mktemp("weights"))
+    config.train.steps = 2
+    outcome = train(config, progress=False)
+    config.generate.weights = str(outcome.model)
+    scene = next(s.name for s in read_index(config.data.dir).scenes if s.split == "val")
+    return config, scene
+
+
+def run(config, *arguments):
+    """The command with the paths of `config`; returns its exit code."""
+    settings = [f"--config.generate.weights={config.generate.weights}", f"--config.autoencoder.path={config.autoencoder.path}", "--config.generate.steps=2"]
+    return cli.main([*arguments, "--quiet", *settings])
+
+
+def test_same_seed_same_video_and_batch_does_not_matter(trained):
+    config, name = trained
+    model = load_model(config.generate.weights)
+    scene = read_scene(config.data.dir, name)
+    a, _ = from_scene(scene, 1.0, 2)
+    b, _ = from_scene(scene, 2.0, 2)
+    generator = generate.Generator(model, config)
+    first, plan = generator([a], 13, seed=3)
+    again, _ = generator([a], 13, seed=3)
+    other, _ = generator([a], 13, seed=4)
+    both, _ = generator([a, b], 13, seed=3)
+    assert first.latents.shape == (1, 6, 13, *model.data["latent_shape"])
+    assert plan.coarse.count == 1 and plan.refine.count == 3
+    np.testing.assert_array_equal(first.latents, again.latents)
+    assert np.abs(first.latents - other.latents).max() > 1e-3
+    np.testing.assert_allclose(both.latents[0], first.latents[0], atol=1e-3)
+
+
+def test_conditions_follow_the_plan(trained):
+    config, name = trained
+    start, _ = from_scene(read_scene(config.data.dir, name), 1.0, 2)
+    plan = generate.make_plan(config, 12, 2)
+    coarse, fine = (generate.stage_conditions([start], w) for w in (plan.coarse, plan.refine))
+    np.testing.assert_allclose(coarse.frame_times[0, 0], [-1 / 12, 0, 0.5, 1, 1.5, 2, 2.5, 3], atol=1e-6)
+    np.testing.assert_allclose(fine.frame_times[1, 0], np.arange(-1, 7) / 12, atol=1e-6)
+    assert float(coarse.fps[0, 0]) == 2 and float(fine.fps[0, 0]) == 12
+    # The stub's car drives straight ahead at 8 m/s, so waypoints are 8 m/s times the frame's time in every window.
+    for conditions in (coarse, fine):
+        np.testing.assert_allclose(conditions.waypoints[..., 0], 8 * conditions.frame_times, atol=0.05)
+        np.testing.assert_allclose(conditions.waypoints[..., 1:], 0, atol=0.05)
+
+
+@pytest.mark.parametrize("strategy", ["recurrent", "divide_and_conquer"])
+def test_other_strategies(trained, strategy):
+    config, name = trained
+    config = config.copy_and_resolve_references()
+    config.generate.strategy = strategy
+    start, _ = from_scene(read_scene(config.data.dir, name), 1.0, 2)
+    result, _ = generate.Generator(load_model(config.generate.weights), config)([start], 7)
+    assert result.latents.shape[2] == 7 and np.isfinite(result.latents).all()
+
+
+def test_from_a_data_set(trained, tmp_path, capsys):
+    config, name = trained
+    arguments = ["generate", f"--data={config.data.dir}", f"--scene={name}", "--seconds=1", f"--out={tmp_path}", "--per-view"]
+    assert run(config, *arguments) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "video.mp4")
+    frames, fps = read_video(tmp_path / "video.mp4")
+    assert frames.shape[0] == 12 and fps == 12
+    assert all((tmp_path / f"{v}.mp4").exists() for v in VIEWS)
+    with np.load(tmp_path / "latents.npz") as z:
+        assert z["latents"].shape[:2] == (6, 12)
+    assert json.loads((tmp_path / "generate.json").read_text())["frames"] == 12
+
+
+def test_from_a_folder_of_images(trained, tmp_path):
+    """Two layouts of the folder, one given frame (fewer than the model's two), a manoeuvre and a file of waypoints."""
+    config, _ = trained
+    r = np.random.default_rng(0)
+    for view in VIEWS:
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        (tmp_path / "deep" / view).mkdir(parents=True)
+        for i in range(2):
+            picture = Image.fromarray(r.integers(0, 255, (32, 48, 3), dtype=np.uint8))
+            picture.save(tmp_path / "deep" / view / f"{i}.png")
+        picture.save(tmp_path / "flat" / f"{view}_0.jpg")
+    (tmp_path / "w.csv").write_text("t,x,y,yaw\n-1,-5,0,0\n5,25,0,0\n")
+    assert run(config, "generate", f"--frames={tmp_path}/deep", "--waypoints=left", "--seconds=0.5", f"--out={tmp_path}/a", "--text=Night") == 0
+    assert run(config, "generate", f"--frames={tmp_path}/flat", f"--waypoints={tmp_path}/w.csv", "--seconds=0.5", f"--out={tmp_path}/b") == 0
+    assert read_video(tmp_path / "b" / "video.mp4")[0].shape[0] == 6
+
+
+def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys):
+    config, name = trained
+    data, out = f"--data={config.data.dir}", f"--out={tmp_path}/o"
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.csv").write_text("t,x,y,yaw\n0,0,0,0\n1,5,0,0\n")
+    cases = {
+        "no scene 'nowhere'": ["generate", data, "--scene=nowhere", out],
+        "--start": ["generate", data, f"--scene={name}", "--start=99", out],
+        "is not a folder": ["generate", f"--frames={tmp_path}/none", "--waypoints=stop", out],
+        "CAM_FRONT": ["generate", f"--frames={tmp_path}/empty", "--waypoints=stop", out],
+        "sideways": ["generate", data, f"--scene={name}", "--waypoints=sideways", out],
+        "short.csv ends at 1": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/short.csv", out],
+        "cannot write to": ["generate", data, f"--scene={name}", f"--out={tmp_path}/file/x"],
+        "must be positive": ["generate", data, f"--scene={name}", "--seconds=0", out],
+    }
+    for message, arguments in cases.items():
+        assert run(config, *arguments) == 2, message
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert cli.main(["generate", data, f"--scene={name}", out, f"--config.generate.weights={tmp_path}/none.safetensors"]) == 2
+    assert "none.safetensors" in capsys.readouterr().err
+
+
+def test_the_wrong_autoencoder_is_noticed(trained, tmp_path, capsys, small_config):
+    from mila_jax.model.autoencoder_weights import load_autoencoder, save_autoencoder
+
+    config, name = trained
+    sizes, params, shift, scale = load_autoencoder(config.autoencoder.path)
+    other = tmp_path / "other.safetensors"
+    save_autoencoder(other, sizes, jax.tree.map(lambda x: x + 0.01, params), shift, scale, {})
+    settings = [f"--config.generate.weights={config.generate.weights}", f"--config.autoencoder.path={other}"]
+    assert cli.main(["generate", f"--data={config.data.dir}", f"--scene={name}", f"--out={tmp_path}/o", *settings]) == 2
+    assert "another autoencoder" in capsys.readouterr().err
+    assert open_codec(small_config).sha256 != open_codec(config_with(config, other)).sha256
+
+
+def config_with(config, autoencoder):
+    """`config` with another autoencoder file."""
+    config = config.copy_and_resolve_references()
+    config.autoencoder.path = str(autoencoder)
+    return config
+
+
+def test_unknown_keys_and_commands(capsys, tmp_path):
+    assert cli.main(["train", "--config.train.stepz=5"]) == 2
+    assert "did you mean config.train.steps" in capsys.readouterr().err
+    assert cli.main(["train", "--config=nowhere.py"]) == 2
+    assert "configs/tiny.py" in capsys.readouterr().err
+    assert cli.main(["train", "--config.train.steps=many"]) == 2
+    assert "steps" in capsys.readouterr().err
+    assert cli.main(["train"]) == 2
+    assert "data.dir" in capsys.readouterr().err
+    assert cli.main(["prepare", f"--config.data.nuscenes={tmp_path}/x", f"--config.data.dir={tmp_path}/y"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as error:
+        cli.main(["train", "--stepz=5"])
+    assert error.value.code == 2
+    assert cli.main([]) == 0

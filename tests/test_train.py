@@ -1,0 +1,215 @@
+"""Training: the step, resuming, sharding, and errors."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mila_jax.errors import UserError
+from mila_jax.model import stdit3_weights
+from mila_jax.model.weights import load_model
+from mila_jax.train import loop, step
+from mila_jax.train.metrics import MetricWriter, read_metrics
+from mila_jax.train.optimizer import learning_rate, make_optimizer
+
+
+@pytest.fixture(scope="module")
+def config(small_config, tmp_path_factory):
+    c = small_config.copy_and_resolve_references()
+    c.train.dir = str(tmp_path_factory.mktemp("run"))
+    return c
+
+
+def with_dir(config, path, **train):
+    c = config.copy_and_resolve_references()
+    c.train.dir = str(path)
+    c.train.update(train)
+    return c
+
+
+def parameters(path):
+    return [np.asarray(x) for x in jax.tree.leaves(load_model(path).params)]
+
+
+def test_resume_is_bit_equal(config, tmp_path):
+    whole = loop.train(with_dir(config, tmp_path / "whole"), progress=False)
+    first = loop.train(with_dir(config, tmp_path / "parts"), progress=False, stop_after=3)
+    assert (first.step, first.finished) == (3, False)
+    second = loop.train(with_dir(config, tmp_path / "parts"), progress=False)
+    assert (second.step, second.finished) == (8, True)
+    assert all(np.array_equal(a, b) for a, b in zip(parameters(whole.model), parameters(second.model), strict=True))
+    steps = [m["step"] for m in read_metrics(tmp_path / "parts")]
+    assert steps == sorted(set(steps)) and steps[-1] == 8
+    assert list((tmp_path / "parts" / "tensorboard").iterdir())
+    again = loop.train(with_dir(config, tmp_path / "parts"), progress=False)  # nothing left to do
+    assert again.step == 8
+
+
+def test_loss_falls_on_one_batch(config):
+    trainer = loop.Trainer(with_dir(config, config.train.dir, learning_rate=5e-3, steps=100))
+    with jax.set_mesh(trainer.mesh):
+        state = trainer.initial_state()
+        batch = next(trainer.batches(trainer.train_source, 0))
+        before = float(trainer._loss(state.params, batch, trainer.key, level=jnp.float32(0.5)).mean)
+        for _ in range(60):
+            state, metrics = trainer.step(state, batch, trainer.key)
+        after = float(trainer._loss(state.params, batch, trainer.key, level=jnp.float32(0.5)).mean)
+    assert np.isfinite(float(metrics["grad_norm"])) and after < 0.8 * before
+
+
+def test_roles_of_frames():
+    b = 4000
+    clip = {"latents": np.zeros((b, 1, 8, 1, 1, 1)), "fps": np.where(np.arange(b) % 2, 12.0, 2.0), "conditioning": np.full(b, 2)}
+    objective = step.Objective("uniform", 0.0, "exponential", 0.5, 0.4, 0.7, 0.75, 0.1, 0.1, 0.99)
+    clean, anchor = map(np.asarray, step.frame_roles(jax.random.key(0), clip, objective))
+    assert clean[:, :2].all() and not clean[:, 2:7].any() and not (clean & anchor).any()
+    fine = clip["fps"] == 12
+    assert not anchor[~fine].any() and not clean[~fine, 7].any()  # coarse windows have no anchor
+    assert abs(anchor[fine, 7].mean() - 0.7 * 0.75) < 0.04
+    assert abs(clean[fine, 7].mean() - 0.7 * 0.25) < 0.04
+
+
+def test_clean_frames_do_not_count(config):
+    trainer = loop.Trainer(config)
+    batch = jax.tree.map(np.asarray, next(trainer.batches(trainer.train_source, 0)))
+    params = trainer.initial_state().params
+    value = trainer._loss(params, batch, trainer.key, level=jnp.float32(0.5))
+    v, t = batch["latents"].shape[1:3]
+    clean, _ = step.frame_roles(jax.random.split(trainer.key, 5)[0], batch, trainer.objective)
+    per_frame = np.prod(batch["latents"].shape[3:]) * v
+    assert float(value.count) == per_frame * float(jnp.sum(~clean)) < per_frame * clean.size
+
+
+def test_one_optimizer_step_equals_the_original(golden):
+    """Open-Sora's first AdamW step (clip 1.0, lr 1e-4, eps 1e-15) from recorded gradients."""
+    base, npz = golden("stdit3_A"), golden("stdit3_A_train")
+    names = [k.removeprefix("adamw1/") for k in npz if k.startswith("adamw1/")]
+    params = {k[2:]: jnp.asarray(v) for k, v in base.items() if k.startswith("w/")}
+    grads = {k.removeprefix("masked/grad/"): jnp.asarray(v) for k, v in npz.items() if k.startswith("masked/grad/")}
+    params = {k: params[k] for k in grads}
+    train = ConfigDict(dict(steps=10, learning_rate=1e-4, warmup=0, decay=False, beta2=0.999, weight_decay=0.0, epsilon=1e-15, clip=1.0))
+    tx = make_optimizer(train)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    for name in names:
+        np.testing.assert_allclose(new[name], npz[f"adamw1/{name}"], atol=2e-6)
+
+
+def test_learning_rate_warms_up_as_in_open_sora():
+    rate = learning_rate(ConfigDict(dict(learning_rate=1.0, warmup=9, decay=False, steps=100)))
+    np.testing.assert_allclose([rate(0), rate(4), rate(9), rate(50)], [0.1, 0.5, 1.0, 1.0], rtol=1e-6)
+    falling = learning_rate(ConfigDict(dict(learning_rate=1.0, warmup=9, decay=True, steps=100)))
+    assert falling(100) == pytest.approx(0.05) and falling(50) < 0.9
+
+
+SHARDED = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from mila_jax.train import loop
+from mila_jax.config import load_config
+import ml_collections
+config = ml_collections.ConfigDict(json.load(open(sys.argv[1])))
+out = {}
+for name, sizes in json.loads(sys.argv[2]).items():
+    config.mesh.update(sizes)
+    count = int(np.prod(list(sizes.values())))
+    trainer = loop.Trainer(config, devices=jax.devices()[:count])
+    with jax.set_mesh(trainer.mesh):
+        state = trainer.initial_state()
+        batches = trainer.batches(trainer.train_source, 0)
+        losses = []
+        for _ in range(2):
+            state, metrics = trainer.step(state, next(batches), trainer.key)
+            losses.append(float(metrics["loss"]))
+        mu = state.opt_state[1][0].mu
+        same = jax.tree.map(lambda a, b: a.sharding == b.sharding, mu, state.params)
+        split = any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(mu))
+    total = sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(state.params))
+    out[name] = dict(losses=losses, total=total, moments_like_parameters=all(jax.tree.leaves(same)), split=split)
+print("RESULT" + json.dumps(out))
+"""
+
+
+def test_meshes_give_the_same_step(config, tmp_path):
+    """Data, fsdp, context and tensor parallelism on eight host devices against one device."""
+    c = with_dir(config, tmp_path / "run")
+    c.data.image_size = tuple(c.data.image_size)
+    (tmp_path / "config.json").write_text(c.to_json())
+    one = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+    meshes = {"one": one, "data": one | {"data": 4}, "fsdp": one | {"fsdp": 4}, "all": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}}
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED, str(tmp_path / "config.json"), json.dumps(meshes)], env=env, capture_output=True, text=True,
+        cwd=pathlib.Path(__file__).parents[1], timeout=500,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = json.loads(run.stdout.split("RESULT")[1])
+    for name in meshes:
+        np.testing.assert_allclose(result[name]["losses"], result["one"]["losses"], rtol=2e-5)
+        np.testing.assert_allclose(result[name]["total"], result["one"]["total"], rtol=1e-5)
+        assert result[name]["moments_like_parameters"]
+    assert result["fsdp"]["split"] and result["all"]["split"] and not result["data"]["split"]
+
+
+@pytest.mark.parametrize(
+    "key, value, match",
+    [
+        ("train.batch", 3, "train.batch"), ("window.anchor_level", 0.1, "anchor"), ("window.frames", 200, "frames"),
+        ("model.precondition", "magic", "model.precondition"), ("mesh.tensor", 3, "mesh"), ("model.heads", 3, "model.heads"),
+    ],
+)  # fmt: skip
+def test_bad_configs_fail_before_compiling(config, tmp_path, key, value, match):
+    c = with_dir(config, tmp_path)
+    section, name = key.split(".")
+    c[section][name] = value
+    if key == "train.batch":
+        c.mesh.data = 2
+    with pytest.raises(UserError, match=match):
+        loop.Trainer(c)
+
+
+def test_folder_of_another_model_is_refused(config, tmp_path):
+    loop.train(with_dir(config, tmp_path, steps=1), progress=False)
+    other = with_dir(config, tmp_path, steps=2)
+    other.model.depth = 2
+    with pytest.raises(UserError, match="model.depth|does not fit"):
+        loop.train(other, progress=False)
+
+
+def test_unwritable_folder_is_one_line(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="train.dir"):
+        loop.train(with_dir(config, tmp_path / "file" / "run"), progress=False)
+
+
+def test_metrics_survive_half_a_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    writer = MetricWriter(tmp_path, resumed_at=4)
+    writer.write(5, {"loss": 0.5})
+    writer.close()
+    assert [(m["step"], m["loss"]) for m in read_metrics(tmp_path)] == [(1, 2.0), (5, 0.5)]
+
+
+def test_weights_that_do_not_fit_name_the_tensor(config, tmp_path):
+    outcome = loop.train(with_dir(config, tmp_path / "a", steps=1), progress=False)
+    graphdef, params = stdit3_weights.create(load_model(outcome.model).dit)
+    c = with_dir(config, tmp_path / "b", init_from=str(outcome.model))
+    c.model.depth = 2
+    with pytest.raises(UserError, match="pairs"):
+        loop.train(c, progress=False)
+    c = with_dir(config, tmp_path / "c", init_from=str(tmp_path / "none.safetensors"))
+    with pytest.raises(UserError, match="none.safetensors"):
+        loop.train(c, progress=False)
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="junk.safetensors"):
+        load_model(tmp_path / "junk.safetensors")
+    assert nnx.to_flat_state(params)

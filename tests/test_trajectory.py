@@ -1,0 +1,68 @@
+"""Waypoints from scenes, files and manoeuvres."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mila_jax.errors import UserError
+from mila_jax.geometry import yaw_quaternion
+from mila_jax.trajectory import Trajectory, from_poses, manoeuvre, read_trajectory
+
+
+def test_waypoints_are_in_the_frame_of_the_reference():
+    # A circle of radius 10 m driven counter-clockwise at 5 m/s: every reference sees the same waypoints.
+    times = np.arange(0, 8, 1 / 48)
+    angle = times * 0.5
+    circle = Trajectory(times, np.stack([10 * np.sin(angle), 10 * (1 - np.cos(angle)), angle], -1))
+    points = circle.waypoints(np.array([[1.0, 1.5, 2.0], [3.0, 3.5, 4.0]]), np.array([1.0, 3.0]))
+    np.testing.assert_allclose(points[0], points[1], atol=2e-3)
+    np.testing.assert_allclose(points[0, 2], [10 * np.sin(0.5), 10 * (1 - np.cos(0.5)), 0.5], atol=2e-3)
+    assert points[0, 2, 1] > 0  # left is positive
+
+
+def test_goes_on_beyond_its_ends_and_turns_through_pi():
+    line = Trajectory(np.array([0.0, 1.0]), np.array([[0, 0, 3.1], [2, 0, -3.1]]))
+    np.testing.assert_allclose(line.at(2.0)[:2], [4, 0])
+    assert abs(line.at(0.5)[2]) > 3  # through ±π, not through 0
+    assert abs(line.waypoints(np.array([1.0]), np.array(0.0))[0, 2] - (2 * np.pi - 6.2)) < 1e-6
+
+
+@pytest.mark.parametrize("name, turn, forward", [("straight", 0, 64), ("left", np.pi / 2, None), ("right", -np.pi / 2, None), ("stop", 0, 16)])
+def test_manoeuvres_do_what_they_say(name, turn, forward):
+    end = manoeuvre(name, 10.0, speed=8.0).at(8.0)
+    assert end[2] == pytest.approx(turn, abs=0.05)
+    if forward is not None:
+        assert end[0] == pytest.approx(forward, abs=0.3)
+    np.testing.assert_allclose(manoeuvre(name, 10.0).at(0.0), 0, atol=1e-9)
+    with pytest.raises(UserError, match="fly"):
+        manoeuvre("fly", 1.0)
+
+
+def test_recorded_poses():
+    times = np.array([0.0, 0.5, 1.0])
+    translation = np.array([[100.0, 50, 0], [100, 54, 0], [100, 58, 0]])  # driving along world y
+    trajectory = from_poses(times, translation, np.tile(yaw_quaternion(np.pi / 2), (3, 1)), reference=1)
+    np.testing.assert_allclose(trajectory.at(0.5), [4, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(trajectory.at(-0.5), [-4, 0, 0], atol=1e-9)
+
+
+def test_files(tmp_path):
+    rows = [{"t": 0, "x": 0, "y": 0, "yaw": 0}, {"t": 2, "x": 10, "y": 1, "yaw": 0.1}]
+    (tmp_path / "w.json").write_text(json.dumps(rows))
+    (tmp_path / "w.csv").write_text("t,x,y,yaw\n0,0,0,0\n2,10,1,0.1\n")
+    for name in ("w.json", "w.csv"):
+        np.testing.assert_allclose(read_trajectory(tmp_path / name).at(1.0), [5, 0.5, 0.05])
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [("t,x,y\n0,0,0\n", "row 1"), ("t,x,y,yaw\n0,0,0,0\n1,a,0,0\n", "row 2"), ("t,x,y,yaw\n0,0,0,0\n", "two rows"), ("t,x,y,yaw\n1,0,0,0\n0,0,0,0\n", "rising")],
+)  # fmt: skip
+def test_bad_files_name_file_and_row(tmp_path, text, match):
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(UserError, match=match) as error:
+        read_trajectory(tmp_path / "bad.csv")
+    assert "bad.csv" in str(error.value)
+    with pytest.raises(UserError, match="none.json"):
+        read_trajectory(tmp_path / "none.json")
