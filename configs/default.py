@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
     # The simulated world, written in nuScenes' format (`mila simulate`).
     c.simulate = ConfigDict()
     c.simulate.scenes = 8
-    c.simulate.val_scenes = 1  # the last ones
+    c.simulate.val_scenes = 1  # the first ones
+    c.simulate.workers = 0  # processes; 0 = one for each core
     c.simulate.seconds = 20.0
     c.simulate.height = 224  # pixels of each camera's image
     c.simulate.width = 400

@@ -112,8 +112,8 @@ class ClipSource:
             if weight > 0 and not len(scenes):
                 best = longest(times, spec, tolerance)
                 raise UserError(
-                    f"data.frames={spec.frames} at data.fps={spec.fps:g} with data.conditioning={spec.conditioning} is longer than any "
-                    f"unbroken stretch of split {split!r} in {dataset_dir}; the longest possible is data.frames={best}"
+                    f"window.frames={spec.frames} at train.fps={spec.fps:g} with window.conditioning={spec.conditioning} is longer than any "
+                    f"unbroken stretch of split {split!r} in {dataset_dir}; the longest possible is window.frames={best}"
                 )
         self.pattern = interleave(self.weights)
         self.rank = [self.pattern[:p].count(s) for p, s in enumerate(self.pattern)]
@@ -161,19 +161,19 @@ class ClipSource:
 def check_specs(specs: Sequence[ClipSpec], weights) -> tuple[float, ...]:
     """The weights as floats; UserError naming the key when specs or weights make no sense."""
     if not specs:
-        raise UserError("data.fps is empty: at least one kind of clip is needed")
+        raise UserError("train.fps is empty: at least one kind of clip is needed")
     for spec in specs:
         if spec.frames != specs[0].frames:
-            raise UserError("data.frames must be the same for all kinds of clips: one batch holds them all")
+            raise UserError("window.frames must be the same for all kinds of clips: one batch holds them all")
         if not 1 <= spec.conditioning < spec.frames:
-            raise UserError(f"data.conditioning={spec.conditioning} must lie between 1 and data.frames={spec.frames} - 1")
+            raise UserError(f"window.conditioning={spec.conditioning} must lie between 1 and window.frames={spec.frames} - 1")
         if not spec.fps > 0 or spec.fps > CONDITIONING_FPS:
-            raise UserError(f"data.fps={spec.fps:g} must be above 0 and at most {CONDITIONING_FPS}, the rate of the data")
+            raise UserError(f"train.fps={spec.fps:g} must be above 0 and at most {CONDITIONING_FPS}, the rate of the data")
         if not 0 < spec.conditioning_fps <= CONDITIONING_FPS:
-            raise UserError(f"data.conditioning_fps={spec.conditioning_fps:g} must be above 0 and at most {CONDITIONING_FPS}")
+            raise UserError(f"conditioning_fps={spec.conditioning_fps:g} must be above 0 and at most {CONDITIONING_FPS}")
     weights = [1.0] * len(specs) if weights is None else [float(w) for w in weights]
     if len(weights) != len(specs) or min(weights) < 0 or sum(weights) <= 0:
-        raise UserError(f"data.weights={weights}: one number >= 0 for each of the {len(specs)} kinds of clips, not all 0")
+        raise UserError(f"train.fps_weights={weights}: one number >= 0 for each of the {len(specs)} kinds of clips, not all 0")
     return tuple(weights)
 
 

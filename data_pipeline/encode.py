@@ -146,7 +146,7 @@ class SceneEncoder:
                 if mean.shape != (self.batch, *self.job["latent_shape"]):
                     raise UserError(
                         f"the autoencoder gives latents {mean.shape[1:]} for images {height}x{width}, but "
-                        f"data.latent_shape is {tuple(self.job['latent_shape'])}; make them agree"
+                        f"the expected latent shape is {tuple(self.job['latent_shape'])}; make them agree"
                     )
                 out[start : start + len(ready)] = ((mean - self.shift) / self.scale)[: len(ready)]
         if not np.isfinite(out).all():

@@ -17,7 +17,7 @@ def make_loader(source, *, batch_size: int, seed: int, process_index: int = 0, p
     Raises UserError when the hosts cannot share the batch evenly.
     """
     if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"train.batch_size={batch_size} must be a positive multiple of the number of hosts, {process_count}")
+        raise UserError(f"train.batch={batch_size} must be a positive multiple of the number of hosts, {process_count}")
     clips = grain.MapDataset.source(source).seed(seed)
     if shuffle:
         clips = clips.shuffle()

@@ -1,5 +1,6 @@
 """From images to an encoded data set: the commands `mila simulate` and `mila prepare`."""
 
+import os
 import pathlib
 
 from mila_jax.errors import UserError
@@ -18,7 +19,7 @@ def simulate_from_config(config, out, *, progress: bool = True) -> None:
         scenes=s.scenes, seconds=s.seconds, height=s.height, width=s.width, seed=s.seed, jpeg_quality=s.jpeg_quality,
         version=config.data.version, val_scenes=s.val_scenes,
     )  # fmt: skip
-    simulate(out, settings, progress=progress)
+    simulate(out, settings, progress=progress, workers=s.workers or os.cpu_count() or 1)
 
 
 def open_codec(config) -> Codec:

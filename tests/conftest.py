@@ -56,7 +56,7 @@ def small_config(tmp_path_factory):
     config.train.checkpoint_every, config.train.eval_every, config.train.eval_batches = 4, 0, 1
     config.train.fps, config.train.fps_weights = (12.0, 2.0), (0.6, 0.4)
     config.generate.steps = 2
-    simulate(config.data.nuscenes, SimulatorConfig(scenes=3, seconds=7.0, height=32, width=48), False, stub.make_world, stub.Renderer)
+    simulate(config.data.nuscenes, SimulatorConfig(scenes=3, seconds=7.0, height=32, width=48), False, stub.World, stub.Renderer)
     sizes = AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, pixel_unshuffle=4)
     with nnx.use_eager_sharding(False):
         params = nnx.state(AutoencoderKL(sizes, rngs=nnx.Rngs(0)))

@@ -1,11 +1,15 @@
 """Exact velocities of simple distributions, for the tests of `mila_jax.flow`."""
 
+import functools
+
 import numpy as np
 import jax
 import jax.numpy as jnp
 
 from mila_jax.flow.rectified_flow import align
 from mila_jax.flow.sampler import sample_window
+
+QUICK = {"xla_backend_optimization_level": 0}  # these programs run for microseconds and compile for seconds
 
 
 def gaussian_velocity(mean, deviation):
@@ -46,12 +50,17 @@ def linear_velocity(covariance):
     return velocity
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+def _run_linear(x, schedule, covariance):
+    return sample_window(linear_velocity(covariance), x, schedule, None)
+
+
 def transfer_matrix(covariance, schedule):
     """What the sampler does to the start of a window of such data: end = matrix @ start (it is linear), float64."""
     frames = len(covariance)
     basis = jnp.eye(frames)[:, None, :, None, None, None]
-    run = jax.jit(lambda x, rows: sample_window(linear_velocity(jnp.asarray(covariance, jnp.float32)), x, rows, None))
-    return np.asarray(run(basis, schedule)[:, 0, :, 0, 0, 0], np.float64).T
+    end = _run_linear(basis, schedule, jnp.asarray(covariance, jnp.float32))
+    return np.asarray(end[:, 0, :, 0, 0, 0], np.float64).T
 
 
 def wasserstein(a, b):

@@ -102,26 +102,26 @@ def test_interleave():
 
 
 def test_window_longer_than_the_data(encoded):
-    with pytest.raises(UserError, match=r"data.frames=40 at data.fps=2 .*longest possible is data.frames=(\d+)") as caught:
+    with pytest.raises(UserError, match=r"window.frames=40 at train.fps=2 .*longest possible is window.frames=(\d+)") as caught:
         ClipSource(encoded, "train", [ClipSpec(40, 1, 2.0)])
     best = int(str(caught.value).rsplit("=", 1)[1])
     assert 10 <= best <= 13 and len(ClipSource(encoded, "train", [ClipSpec(best, 1, 2.0)])) > 0
-    with pytest.raises(UserError, match=f"data.frames={best}$"):
+    with pytest.raises(UserError, match=f"window.frames={best}$"):
         ClipSource(encoded, "train", [ClipSpec(best + 1, 1, 2.0)])
 
 
 @pytest.mark.parametrize(
     "specs, weights, words",
     [
-        ([], None, "data.fps is empty"),
-        ([ClipSpec(4, 1, 2.0), ClipSpec(5, 1, 2.0)], None, "data.frames must be the same"),
-        ([ClipSpec(4, 4, 2.0)], None, "data.conditioning=4"),
-        ([ClipSpec(4, 0, 2.0)], None, "data.conditioning=0"),
-        ([ClipSpec(4, 1, 24.0)], None, "data.fps=24"),
-        ([ClipSpec(4, 1, 0.0)], None, "data.fps=0"),
-        ([ClipSpec(4, 2, 2.0, 0.0)], None, "data.conditioning_fps=0"),
-        ([ClipSpec(4, 1, 2.0)], [0.0], "data.weights"),
-        ([ClipSpec(4, 1, 2.0)], [1.0, 2.0], "data.weights"),
+        ([], None, "train.fps is empty"),
+        ([ClipSpec(4, 1, 2.0), ClipSpec(5, 1, 2.0)], None, "window.frames must be the same"),
+        ([ClipSpec(4, 4, 2.0)], None, "window.conditioning=4"),
+        ([ClipSpec(4, 0, 2.0)], None, "window.conditioning=0"),
+        ([ClipSpec(4, 1, 24.0)], None, "train.fps=24"),
+        ([ClipSpec(4, 1, 0.0)], None, "train.fps=0"),
+        ([ClipSpec(4, 2, 2.0, 0.0)], None, "conditioning_fps=0"),
+        ([ClipSpec(4, 1, 2.0)], [0.0], "train.fps_weights"),
+        ([ClipSpec(4, 1, 2.0)], [1.0, 2.0], "train.fps_weights"),
     ],
 )
 def test_settings_that_make_no_sense(encoded, specs, weights, words):

@@ -140,7 +140,7 @@ def test_broken_image_is_named_and_finished_scenes_stay(tmp_path):
 
 
 def test_encoder_of_another_size_or_with_nan(root, tmp_path):
-    with pytest.raises(UserError, match=r"data.latent_shape is \(4, 4, 3\)"):
+    with pytest.raises(UserError, match=r"the expected latent shape is \(4, 4, 3\)"):
         stub.encode(root, tmp_path, latent_shape=(4, 4, 3))
     with pytest.raises(UserError, match="not finite for scene 'scene-0001'"):
         stub.encode(root, tmp_path, images=lambda x: stub.encode_images(x) * np.nan)

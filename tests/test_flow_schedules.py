@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flow_oracles import ar1, conditional, transfer_matrix, wasserstein
+from tests.flow_oracles import ar1, conditional, transfer_matrix, wasserstein
 from mila_jax.errors import UserError
 from mila_jax.flow import schedules
 from mila_jax.flow.timeshift import sampling_times

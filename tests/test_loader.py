@@ -65,5 +65,5 @@ def test_batches_are_stacked():
 
 @pytest.mark.parametrize("size, hosts", [(6, 4), (0, 1)])
 def test_batch_that_hosts_cannot_share(size, hosts):
-    with pytest.raises(UserError, match="train.batch_size"):
+    with pytest.raises(UserError, match="train.batch"):
         make_loader(Numbers(), batch_size=size, seed=0, process_count=hosts)

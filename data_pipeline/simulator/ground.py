@@ -44,22 +44,19 @@ def street_frames(x, y, arcs):
     x, y: [p] metres. arcs: [sum(ARCS), 7] as in `road.arc_coordinates`. Returns a list per street of (s, d, cos, sin) [p]: arc
     length, signed lateral distance and the direction of the nearest arc's axis at the foot point.
     """
+    columns = arcs.T[:, :, None]
+    s, d, over = arc_coordinates(x, y, columns, jnp)
+    metric = d * d + over * over
+    angle = columns[4] * (s - columns[6])
+    # First order in the angle along the arc, then normalised: good to a few degrees, enough to orient a pixel's footprint.
+    fields = (s, jnp.where(d < 0, -1.0, 1.0) * jnp.sqrt(metric), columns[2] - columns[3] * angle, columns[3] + columns[2] * angle)
     frames, first = [], 0
     for count in ARCS:
-        best = None
-        for i in range(first, first + count):
-            arc = arcs[i]
-            s, d, over = arc_coordinates(x, y, arc, jnp)
-            metric = d * d + over * over
-            angle = arc[4] * (s - arc[6])
-            new = (metric, s, jnp.where(d < 0, -1.0, 1.0) * jnp.sqrt(metric), arc[2] - arc[3] * angle, arc[3] + arc[2] * angle)
-            if best is None:
-                best = new
-            else:
-                near = metric < best[0]
-                best = tuple(jnp.where(near, a, b) for a, b in zip(new, best, strict=True))
-        norm = 1 / jnp.sqrt(best[3] ** 2 + best[4] ** 2)
-        frames.append((best[1], best[2], best[3] * norm, best[4] * norm))
+        part = slice(first, first + count)
+        index = jnp.argmin(metric[part], 0)[None]
+        s_i, d_i, c_i, n_i = (jnp.take_along_axis(field[part], index, 0)[0] for field in fields)
+        norm = lax.rsqrt(c_i * c_i + n_i * n_i)
+        frames.append((s_i, d_i, c_i * norm, n_i * norm))
         first += count
     return frames
 
@@ -67,7 +64,7 @@ def street_frames(x, y, arcs):
 def _markings(s, d, fs, fd, street, boston, side):
     """White and yellow coverage [p] of one street's paint. s, d: place, fs, fd: footprints along and across, metres."""
     half, lanes = street[0], street[1]
-    far, q_signed, cross_half = jnp.full_like(s, 1e6), jnp.full_like(s, 1e6), jnp.zeros_like(s)
+    far, q_signed = jnp.full_like(s, 1e6), jnp.full_like(s, 1e6)
     for j in range(4):
         delta = s - street[4 + 2 * j]
         q = jnp.abs(delta) - street[5 + 2 * j]

@@ -36,6 +36,7 @@ PAINT = np.array(
         (0.34, 0.16, 0.12),
     ]
 )
+FLEET = np.array([(0.90, 0.90, 0.88), (0.70, 0.14, 0.12), (0.15, 0.34, 0.62), (0.16, 0.50, 0.36), (0.88, 0.66, 0.16), (0.60, 0.62, 0.64)])
 PAINT_ODDS = np.array([0.2, 0.14, 0.12, 0.12, 0.14, 0.12, 0.06, 0.06, 0.04])
 CLOTHES = np.array([(0.75, 0.2, 0.2), (0.2, 0.3, 0.6), (0.85, 0.85, 0.8), (0.2, 0.2, 0.22), (0.85, 0.6, 0.2), (0.25, 0.5, 0.35)])
 LEAD_SECONDS = 1.0  # a leading or following car drives the ego's own track this much earlier or later …
@@ -65,6 +66,9 @@ class Population:
         size = tuple(float(x) for x in np.round(np.array(base) * (1 + spread * self.rng.uniform(-1, 1, 3)), 3))
         palette = CLOTHES if category in (ADULT, CHILD, BICYCLE, MOTORCYCLE) else PAINT
         odds = None if palette is CLOTHES else PAINT_ODDS
+        if category in (BUS, TRUCK):
+            # Big black sides would hide their own windows.
+            palette, odds = FLEET, None
         colour = palette[self.rng.choice(len(palette), p=odds)]
         if category in (CONE, BARRIER):
             colour = np.array([0.95, 0.42, 0.1])

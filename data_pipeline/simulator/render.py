@@ -12,7 +12,7 @@ from data_pipeline.simulator.network import ARCS, JUNCTIONS
 from data_pipeline.simulator.shapes import BUILDING, PART, actor_parts
 from mila_jax import geometry
 
-BOXES, ROUNDS, CASTERS = 160, 48, 64  # table sizes per camera
+BOXES, ROUNDS, CASTERS = 200, 48, 96  # table sizes per camera
 CHUNK = 4  # instants per call of the compiled program
 REACH = 240.0  # metres; beyond it haze and houses hide everything
 HEADLAMP = 3.7  # metres ahead of the rear axle

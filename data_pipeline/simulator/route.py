@@ -70,7 +70,8 @@ def ego_path(network: Network, turn: int, lane: int, change: tuple[float, int] |
         points = points + d[:, None] * np.stack([-np.sin(heading), np.cos(heading)], -1)
     else:
         near = turn == -side  # the turn that does not cross oncoming traffic
-        radius = (6.2 + main.half_width - (main.lanes - 0.5) * LANE) if near else 12.0
+        # The near turn runs parallel to the rounded kerb (fillet radius 4.5 m in the picture).
+        radius = 4.4 + min(street.half_width - (street.lanes - 0.5) * LANE for street in (main, cross)) if near else 12.0
         s = network.crossing
         (p,), (h,) = main.lane(1, lane, side, [s])
         (q,), (g,) = cross.lane(turn, lane, side, [0.0])

@@ -105,9 +105,14 @@ def _populate(people: Population, network: Network, rng, manoeuvre, go, lead, se
         people.walkers(0, network.crossing + corner * (cross.half_width + 3), network.crossing + corner * (cross.half_width + 9), 2, 0.0)
 
 
-def _describe(world_parts) -> str:
-    """A nuScenes-like scene description from what the scene holds."""
-    night, rain, manoeuvre, actors, lead, go, times = world_parts
+def _describe(night, rain, manoeuvre, people: Population, lead, go) -> str:
+    """A nuScenes-like scene description from what the scene holds; only road users that come within 30 m of the ego count."""
+    actors = [
+        actor
+        for actor, track in zip(people.actors, people.tracks, strict=True)
+        if np.linalg.norm(track[:, :2] - people.ego[:, :2], axis=1).min() < 30
+    ]
+    times = people.times
     words = [w for w, on in (("Night", night), ("Rain", rain)) if on]
     words.append({"straight": "drive straight", "left": "turn left", "right": "turn right", "stop": "wait at light, cross intersection",
                   "lane_change": "change lane"}[manoeuvre])  # fmt: skip
@@ -118,12 +123,12 @@ def _describe(world_parts) -> str:
         ("parked cars", sum(a.parked for a in actors) >= 4),
         ("peds crossing", go > 0 and any(abs(a.motion(times)[:, 3]).min() == 0 and a.category.startswith("human") for a in actors)),
         ("peds on sidewalk", sum(a.category.startswith("human") for a in actors) >= 4),
-        ("bus", "vehicle.bus.rigid" in found),
-        ("truck", "vehicle.truck" in found),
+        ("construction", "movable_object.trafficcone" in found),
         ("cyclist", "vehicle.bicycle" in found),
         ("motorcycle", "vehicle.motorcycle" in found),
-        ("construction", "movable_object.trafficcone" in found),
-        ("oncoming traffic", sum(a.category == "vehicle.car" and not a.parked for a in actors) >= 8),
+        ("bus", "vehicle.bus.rigid" in found),
+        ("truck", "vehicle.truck" in found),
+        ("oncoming traffic", sum(a.category == "vehicle.car" and not a.parked for a in actors) >= 5),
     ]
     words += [text for text, on in extras if on][:4]
     text = ", ".join(words)
@@ -164,7 +169,6 @@ def make_world(seed: int, index: int, seconds: float) -> World:
     around = [(-after if turn < 0 else -190.0, after if turn > 0 else 190.0)]
     scenery = make_scenery(rng, network, city, [(-150, ahead), *around, (-130, 130), (-130, 130)])
     sun = (float(rng.uniform(-np.pi, np.pi)), float(rng.uniform(0.55, 1.1)))
-    times = np.linspace(0, seconds, 40)
-    description = _describe((night, rain, manoeuvre, people.actors, lead, go, times))
+    description = _describe(night, rain, manoeuvre, people, lead, go)
     return World(f"scene-{index + 1:04d}", description, location, bool(night), bool(rain), float(seconds), people.actors, manoeuvre,
                  origin, network, track, scenery, go, float(rng.uniform(0.0, 0.6)), sun)  # fmt: skip

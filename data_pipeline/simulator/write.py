@@ -8,13 +8,17 @@
     <root>/maps                       one mask per location
 """
 
+import concurrent.futures
 import dataclasses
+import functools
+import multiprocessing
 import shutil
 from pathlib import Path
 
 import tqdm
 
 from data_pipeline.simulator import tables
+from data_pipeline.simulator.rig import load_rig
 from data_pipeline.simulator.scene import scene_name, write_scene
 from mila_jax.errors import UserError
 
@@ -34,35 +38,29 @@ class SimulatorConfig:
     val_scenes: int = 1
 
 
-def simulate(root, config: SimulatorConfig, progress: bool = True, world_factory=None, renderer_factory=None) -> None:
+def simulate(root, config: SimulatorConfig, progress: bool = True, world_factory=None, renderer_factory=None, workers: int = 1) -> None:
     """Writes the data set `config` describes under `root`; scenes that are complete there are reused.
+
+    workers: processes that render scenes side by side (one process draws one ray bundle after the other on one core); the bytes
+    do not depend on it.
 
     world_factory(seed, index, seconds) -> World and renderer_factory(world, rig, height, width) -> Renderer default to the
     simulator's own. The same config gives the same bytes. Raises UserError when `root` holds a data set made with other
     settings (more scenes are no other setting), when it cannot be written, and for settings that make no sense.
     """
     check(config)
-    if world_factory is None:
-        from data_pipeline.simulator.world import make_world as world_factory
-    if renderer_factory is None:
-        from data_pipeline.simulator.render import Renderer as renderer_factory
-    from data_pipeline.simulator.rig import load_rig
-
-    root, rig = Path(root), load_rig()
+    root = Path(root)
     home = root / config.version
     try:
         claim(home, config)
-        partials = []
-        bar = tqdm.tqdm(range(1, config.scenes + 1), desc="simulate", unit="scene", disable=not progress)
-        for index in bar:
-            path = home / "scenes" / f"{scene_name(index)}.json"
-            partial = finished_scene(root, path)
-            if partial is None:
-                world = world_factory(config.seed, index, config.seconds)
-                renderer = renderer_factory(world, rig, config.height, config.width)
-                partial = write_scene(root, config, index, world, rig, renderer)
-                tables.write_json(path, partial)
-            partials.append(partial)
+        indices = range(1, config.scenes + 1)
+        paths = [home / "scenes" / f"{scene_name(i)}.json" for i in indices]
+        missing = [i for i, path in zip(indices, paths) if finished_scene(root, path) is None]
+        make = functools.partial(make_scene, root, config, world_factory, renderer_factory)
+        with tqdm.tqdm(total=config.scenes, initial=config.scenes - len(missing), desc="simulate", unit="scene", disable=not progress) as bar:
+            for _ in in_processes(make, missing, workers):
+                bar.update()
+        partials = [tables.read_json(path) for path in paths]
         tables.assemble(root, config.version, partials)
         names = [scene_name(i) for i in range(1, config.scenes + 1)]
         tables.write_json(home / "splits.json", {"train": names[config.val_scenes :], "val": names[: config.val_scenes]})
@@ -71,16 +69,48 @@ def simulate(root, config: SimulatorConfig, progress: bool = True, world_factory
         raise UserError(f"cannot write the simulated data set: {where}: {error.strerror}; choose another folder") from error
 
 
+def make_scene(root: Path, config: SimulatorConfig, world_factory, renderer_factory, index: int) -> None:
+    """Writes the files of scene `index`, then (its mark of completeness) its rows."""
+    if world_factory is None:
+        from data_pipeline.simulator.world import make_world as world_factory
+    if renderer_factory is None:
+        from data_pipeline.simulator.render import Renderer as renderer_factory
+    rig = load_rig()
+    world = world_factory(config.seed, index, config.seconds)
+    renderer = renderer_factory(world, rig, config.height, config.width)
+    rows = write_scene(root, config, index, world, rig, renderer)
+    tables.write_json(root / config.version / "scenes" / f"{scene_name(index)}.json", rows)
+
+
+def in_processes(make, indices, workers: int):
+    """Yields as each call make(index) ends; in this process for one worker, else in fresh ones (a forked JAX may hang)."""
+    if workers <= 1 or len(indices) <= 1:
+        for index in indices:
+            make(index)
+            yield
+        return
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(indices)), multiprocessing.get_context("spawn")) as pool:
+        try:
+            for future in concurrent.futures.as_completed([pool.submit(make, index) for index in indices]):
+                future.result()
+                yield
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError("a rendering process was killed (out of memory?); finished scenes are kept, lower simulate.workers and run again") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def check(config: SimulatorConfig) -> None:
     """Raises UserError naming the key when a setting makes no sense."""
     if config.scenes < 1:
-        raise UserError(f"simulator.scenes={config.scenes}: at least 1 scene is needed")
+        raise UserError(f"simulate.scenes={config.scenes}: at least 1 scene is needed")
     if not 0 <= config.val_scenes <= config.scenes:
-        raise UserError(f"simulator.val_scenes={config.val_scenes} must lie between 0 and simulator.scenes={config.scenes}")
+        raise UserError(f"simulate.val_scenes={config.val_scenes} must lie between 0 and simulate.scenes={config.scenes}")
     if config.seconds < 1:
-        raise UserError(f"simulator.seconds={config.seconds}: a scene needs at least 1 s to hold two keyframes")
+        raise UserError(f"simulate.seconds={config.seconds}: a scene needs at least 1 s to hold two keyframes")
     if config.height < 8 or config.width < 8:
-        raise UserError(f"simulator.height={config.height}, simulator.width={config.width}: at least 8 pixels each")
+        raise UserError(f"simulate.height={config.height}, simulate.width={config.width}: at least 8 pixels each")
 
 
 def claim(home: Path, config: SimulatorConfig) -> None:

@@ -52,7 +52,7 @@ class Rollout(NamedTuple):
     """A long video in latents.
 
     `latents [B, V, F, h, w, c]`: frames 1 … F; `anchors [B, V, A, h, w, c]`: as the coarse stage gave them, `corrected`: as they
-    are in the video (frame `start + M·(k+1)`, which for the last may lie beyond F). Both None without anchors.
+    are in the video (frame numbers `plan.refine.indices[:, -1]`; the last may lie beyond F). Both None without anchors.
     """
 
     latents: jax.Array
