@@ -68,29 +68,33 @@ def _compare(world, rig, times, out, a, b, rig_for_projection=None):
 def test_neighbouring_views_show_one_world(worlds, views, index):
     rig = load_rig()
     times, out = views[index]
+    agreements = []
     for a, b in neighbours():
         for first, second in ((a, b), (b, a)):
             difference, agreement = _compare(worlds[index], rig, times, out, first, second)
             assert len(difference) > 100, (first, second)
-            assert np.median(difference) < 4, (rig.names[first], rig.names[second], np.median(difference))
+            assert np.median(difference) < 3, (rig.names[first], rig.names[second], np.median(difference))
             assert np.mean(difference) < 9, (rig.names[first], rig.names[second], np.mean(difference))
-            assert agreement > 0.75, (rig.names[first], rig.names[second], agreement)
+            agreements.append(agreement)
+    # Single pairs go lower where a parked car hides the narrow strip that the back camera shares with its neighbours.
+    assert np.mean(agreements) > 0.75, agreements
 
 
-def test_a_camera_turned_by_three_degrees_is_noticed(worlds, views):
+@pytest.mark.parametrize("index", [DAY, NIGHT])
+def test_a_camera_turned_by_three_degrees_is_noticed(worlds, views, index):
     """The comparison above has teeth: with wrong extrinsics depths and colours no longer agree."""
     rig = load_rig()
-    times, out = views[DAY]
+    times, out = views[index]
     turn = geometry.rotation_matrix(geometry.yaw_quaternion(np.radians(3.0)))
     worse = 0
     for a, b in neighbours():
         matrices = geometry.rotation_matrix(rig.quaternion)
         matrices[b] = turn @ matrices[b]
         wrong = dataclasses.replace(rig, quaternion=geometry.quaternion(matrices))
-        good, good_depth = _compare(worlds[DAY], rig, times, out, a, b)
-        bad, bad_depth = _compare(worlds[DAY], rig, times, out, a, b, wrong)
-        worse += np.mean(bad) > 1.3 * np.mean(good) or bad_depth < good_depth - 0.1
-    assert worse >= 5
+        good, good_depth = _compare(worlds[index], rig, times, out, a, b)
+        bad, bad_depth = _compare(worlds[index], rig, times, out, a, b, wrong)
+        worse += np.mean(bad) > 1.5 * np.mean(good) or bad_depth < good_depth - 0.1
+    assert worse == 6
 
 
 def test_instances_lie_where_their_centres_project(worlds, views):
@@ -124,7 +128,9 @@ def test_depth_of_the_ground_matches_the_camera_height(worlds):
     # The lowest rows in front of the car show the road, which lies at z = 0 in the world.
     bottom = (index // WIDTH >= HEIGHT - 3) & (out["instance"][0, view].reshape(-1)[index] == 0)
     assert bottom.sum() > 50 and np.abs(points[bottom, 2]).max() < 0.02
-    assert np.isinf(out["depth"][0, view, :4]).any()
+    # Where there is sky there is no depth, and no instance either.
+    sky = np.isinf(out["depth"])
+    assert 0.02 < sky.mean() < 0.6 and (out["instance"][sky] == 0).all() and (out["depth"][~sky] > 0).all()
 
 
 def test_same_times_same_bytes_and_batches_do_not_matter(worlds, views):

@@ -114,7 +114,6 @@ def ground(x, y, along, across, direction, arcs, streets, boston, side):
         best = jnp.where(nearer, edges[i], best)
         frame = tuple(jnp.where(nearer, a, b) for a, b in zip(frames[i], frame, strict=True))
         street = [jnp.where(nearer, streets[i, n], street[n]) for n in range(STREET)]
-    kerb, best, second, frame, street = lax.optimization_barrier((kerb, best, second, frame, street))
     s, d, c, n = frame
     lead = jnp.abs(direction[0] * c + direction[1] * n)
     turn = jnp.sqrt(jnp.maximum(1 - lead * lead, 0.0))
@@ -127,7 +126,6 @@ def ground(x, y, along, across, direction, arcs, streets, boston, side):
     worn = mine * (0.5 + 0.5 * jnp.cos(2 * jnp.pi * d / LANE)) * jnp.clip(1 - fd / 1.5, 0, 1)
     pool = 0.5 + 0.5 * jnp.cos(s * (2 * jnp.pi / LIGHT_SPACING) + jnp.where(d > 0, jnp.pi, 0.0))
     lamps = (0.35 + 0.65 * pool) * jnp.exp(-((jnp.maximum(jnp.abs(best) - 1.0, 0.0) / 7.0) ** 2))
-    white, yellow, worn, lamps = lax.optimization_barrier((white, yellow, worn, lamps))
     fade = jnp.clip(1.2 - across / 1.2, 0.0, 1.0)
     cloudy = jnp.sin(x * 0.11 + 1.3 * jnp.sin(y * 0.07)) * jnp.sin(y * 0.13 + 1.1 * jnp.sin(x * 0.05)) * fade
     foot = along * 0.5 + across

@@ -41,11 +41,10 @@ class Renderer:
         parts = [actor_parts(actor) for actor in world.actors]
         self.owner = np.concatenate([np.full(len(p), i) for i, p in enumerate(parts)]) if parts else np.zeros(0, int)
         self.parts = np.concatenate(parts) if parts else np.zeros((0, PART))
-        for table in (self.parts,):
-            table[:, 7:13] = np.clip(table[:, 7:13], 0, 1) ** 2.2
+        self.parts[:, 7:13] = np.clip(self.parts[:, 7:13], 0, 1) ** 2.2
         self.boxes = self._static(world.scenery.boxes)
-        rounds = np.concatenate([world.scenery.rounds, np.ones((len(world.scenery.rounds), 1)), np.zeros((len(world.scenery.rounds), 1))], 1)
-        self.rounds = self._static(rounds)
+        count = len(world.scenery.rounds)
+        self.rounds = self._static(np.concatenate([world.scenery.rounds, np.ones((count, 1)), np.zeros((count, 1))], 1))
         self.scene = self._scene()
 
     def _static(self, table):
@@ -58,10 +57,7 @@ class Renderer:
     def _scene(self):
         """Street tables relative to the scene's origin."""
         network = self.world.network
-        arcs = []
-        for street, count in zip(network.streets, ARCS, strict=True):
-            assert len(street.arcs) == count
-            arcs.append(street.arcs - np.array([*self.world.origin, 0, 0, 0, 0, 0]))
+        arcs = [street.arcs - np.array([*self.world.origin, 0, 0, 0, 0, 0]) for street in network.streets]
         streets = np.full((len(ARCS), 4 + 2 * JUNCTIONS), 1e6)
         for i, street in enumerate(network.streets):
             streets[i, :4] = street.half_width, street.lanes, street.parking, 0

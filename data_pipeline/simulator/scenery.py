@@ -6,7 +6,7 @@ import numpy as np
 
 from data_pipeline.simulator.network import Network, sidewalk_offset
 from data_pipeline.simulator.road import LIGHT_SPACING, SIDEWALK
-from data_pipeline.simulator.shapes import BUILDING, DARK, FOLIAGE, LIGHT, part
+from data_pipeline.simulator.shapes import BUILDING, DARK, FOLIAGE, LIGHT, PART, part
 
 FACADES = {
     "boston": [(0.58, 0.33, 0.26), (0.66, 0.45, 0.36), (0.74, 0.68, 0.58), (0.56, 0.58, 0.62), (0.45, 0.52, 0.58), (0.80, 0.76, 0.70)],
@@ -18,8 +18,8 @@ LEAVES = {"boston": [(0.30, 0.42, 0.16), (0.42, 0.46, 0.17)], "singapore": [(0.1
 @dataclasses.dataclass(frozen=True)
 class Scenery:
     """Static parts. boxes: [n, PART + 2] rows of `shapes.part` in world metres, then cos and sin of the yaw. rounds: [m, PART]
-    ellipsoids with equal horizontal half sizes. signals: [k] rows of boxes that are traffic-light lamps, with their colour given
-    by time; `signal_main` [k] tells whether a lamp shows the main street's light, `signal_lamp` which lamp it is (0 red … 2 green).
+    ellipsoids with equal horizontal half sizes. signals: [k] rows of boxes that are traffic-light lamps, whose colour depends on
+    time; `signal_main` [k] tells whether a lamp shows the main street's light, `signal_lamp` which lamp it is (0 red … 2 green).
     """
 
     boxes: np.ndarray
@@ -70,7 +70,8 @@ class _Yard:
                 if rng.random() < 0.86 and self.free(p, (length / 2, depth / 2), h, SIDEWALK + 0.3):
                     colour = np.clip(palette[rng.integers(len(palette))] * rng.uniform(0.88, 1.1), 0, 0.95)
                     trim = np.clip(colour * rng.choice([0.6, 1.25]), 0, 0.95)
-                    self.box(part((*p, height / 2), (length / 2, depth / 2, height / 2), colour, trim, kind=BUILDING, extra=rng.random()), h)
+                    half = (length / 2, depth / 2, height / 2)
+                    self.box(part((*p, height / 2), half, colour, trim, kind=BUILDING, extra=rng.random()), h)
                     if height < 11 and self.city == "boston" and rng.random() < 0.5:
                         roof = 1.6
                         row = part((*p, height + roof), (depth / 4, length / 2, roof), (0.33, 0.27, 0.26), taper=depth / 4 / roof)
@@ -144,5 +145,5 @@ def make_scenery(rng, network: Network, city: str, ranges) -> Scenery:
     for street, (low, high) in enumerate(ranges):
         yard.kerbside(street, low, high)
     signals = np.array(yard.signals)
-    return Scenery(np.stack(yard.boxes), np.stack(yard.rounds) if yard.rounds else np.zeros((0, 15)),
+    return Scenery(np.stack(yard.boxes), np.stack(yard.rounds) if yard.rounds else np.zeros((0, PART)),
                    signals[:, 0].astype(int), signals[:, 1].astype(bool), signals[:, 2].astype(int))  # fmt: skip

@@ -71,7 +71,8 @@ def _nearest(d, rows, count, entry, keys, base):
 
 
 def _sunlit(x, y, casters, count, look):
-    """Share of light [p] left on the ground after the shadows of boxes; casters: [m, 7] centre x, y, cos, sin, half x, y, height."""
+    """Share of light [p] left on the ground after the shadows of boxes; casters: [m, 8] centre x, y, cos, sin, half x, y,
+    height, darkness."""
 
     def turn(i, light):
         row = lax.dynamic_slice_in_dim(casters, i * UNROLL, UNROLL).T[:, :, None]
@@ -119,7 +120,6 @@ def trace(camera, rays, scene, look):
     packed = lax.bitcast_convert_type(keys & ~NOTHING, jnp.float32)
     t = jnp.where(is_object, jnp.where(exact < FAR, exact, packed), t_ground)
     is_sky = ~is_object & (t >= FAR)
-    row, t, is_object, is_round = lax.optimization_barrier((row, t, is_object, is_round))
 
     norm = jnp.sqrt(d[0] ** 2 + d[1] ** 2 + d[2] ** 2)
     distance = jnp.minimum(t, 2000.0) * norm
@@ -129,8 +129,7 @@ def trace(camera, rays, scene, look):
     x, y = ox * c + oy * s, oy * c - ox * s
     half, taper = row[3:6], row[6]
     lean = lax.rsqrt(1 + taper * taper)
-    ex, ey, ez = jnp.abs(half[0] - taper * oz - jnp.abs(x)) * lean, jnp.abs(half[1] - jnp.abs(y)), half[2] - jnp.abs(oz)
-    ez = jnp.abs(ez)
+    ex, ey, ez = jnp.abs(half[0] - taper * oz - jnp.abs(x)) * lean, jnp.abs(half[1] - jnp.abs(y)), jnp.abs(half[2] - jnp.abs(oz))
     on_x, on_y = (ex <= ey) & (ex <= ez), (ey < ex) & (ey <= ez)
     nx = jnp.where(on_x, jnp.sign(x) * lean, 0.0)
     ny = jnp.where(on_y, jnp.sign(y), 0.0)

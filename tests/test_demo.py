@@ -1,0 +1,37 @@
+"""The demo from end to end at a small size, and that a second run reuses everything."""
+
+import pathlib
+
+import pytest
+
+from data_pipeline.simulator.write import SimulatorConfig, simulate
+from mila_jax.demo import demo
+from mila_jax.errors import UserError
+from tests import nuscenes_stub
+
+
+def test_demo_ends_in_a_report_and_reuses_what_is_finished(small_config, tmp_path, monkeypatch):
+    config = small_config.copy_and_resolve_references()
+    config.train.steps, config.train.eval_every = 2, 2
+    config.simulate.update(scenes=2, val_scenes=1, seconds=6.0, workers=1)
+
+    def stub(config, out, progress):
+        simulate(out, SimulatorConfig(scenes=2, seconds=6.0, height=32, width=48), progress, nuscenes_stub.World, nuscenes_stub.Renderer)
+
+    monkeypatch.setattr("mila_jax.demo.simulate_from_config", stub)
+    path = demo(config, tmp_path / "demo", from_scratch=True, seconds=1.0, progress=False)
+    assert path == tmp_path / "demo" / "report.html"
+    page = path.read_text()
+    assert page.count("<video") == 2 and "FD-EffNetLite0" in page and "Held-out loss" in page
+    assert "http://" not in page and "https://" not in page
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").rglob("*") if p.suffix in (".mp4", ".jpg", ".array_record")}
+    demo(config, tmp_path / "demo", from_scratch=True, seconds=1.0, progress=False)
+    assert times and all(p.stat().st_mtime_ns == t for p, t in times.items())
+    demo(config, tmp_path / "demo", from_scratch=True, fresh=True, seconds=1.0, progress=False)
+    assert all(p.stat().st_mtime_ns != t for p, t in times.items() if p.exists())
+
+
+def test_unwritable_folder(small_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out"):
+        demo(small_config, pathlib.Path(tmp_path / "file" / "demo"), from_scratch=True, progress=False)
