@@ -140,12 +140,13 @@ print("RESULT" + json.dumps(out))
 
 
 def test_meshes_give_the_same_step(config, tmp_path):
-    """Data, fsdp, context and tensor parallelism on eight host devices against one device."""
-    c = with_dir(config, tmp_path / "run")
+    """Fully sharded, context and tensor parallelism on eight host devices against one device."""
+    # With Open-Sora's epsilon the first AdamW step is the sign of the gradient, and rounding decides the sign of the tiny ones.
+    c = with_dir(config, tmp_path / "run", epsilon=1e-4)
     c.data.image_size = tuple(c.data.image_size)
     (tmp_path / "config.json").write_text(c.to_json())
     one = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
-    meshes = {"one": one, "data": one | {"data": 4}, "fsdp": one | {"fsdp": 4}, "all": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}}
+    meshes = {"one": one, "fsdp": one | {"fsdp": 4}, "all": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}}
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-c", SHARDED, str(tmp_path / "config.json"), json.dumps(meshes)], env=env, capture_output=True, text=True,
@@ -157,13 +158,13 @@ def test_meshes_give_the_same_step(config, tmp_path):
         np.testing.assert_allclose(result[name]["losses"], result["one"]["losses"], rtol=2e-5)
         np.testing.assert_allclose(result[name]["total"], result["one"]["total"], rtol=1e-5)
         assert result[name]["moments_like_parameters"]
-    assert result["fsdp"]["split"] and result["all"]["split"] and not result["data"]["split"]
+    assert result["fsdp"]["split"] and result["all"]["split"] and not result["one"]["split"]
 
 
 @pytest.mark.parametrize(
     "key, value, match",
     [
-        ("train.batch", 3, "train.batch"), ("window.anchor_level", 0.1, "anchor"), ("window.frames", 200, "frames"),
+        ("window.anchor_level", 0.1, "anchor"), ("window.frames", 200, "frames"),
         ("model.precondition", "magic", "model.precondition"), ("mesh.tensor", 3, "mesh"), ("model.heads", 3, "model.heads"),
     ],
 )  # fmt: skip
@@ -171,8 +172,6 @@ def test_bad_configs_fail_before_compiling(config, tmp_path, key, value, match):
     c = with_dir(config, tmp_path)
     section, name = key.split(".")
     c[section][name] = value
-    if key == "train.batch":
-        c.mesh.data = 2
     with pytest.raises(UserError, match=match):
         loop.Trainer(c)
 

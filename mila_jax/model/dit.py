@@ -69,7 +69,7 @@ class Block(nnx.Module):
         self.table = parameter(rngs, (6, d), normal(d**-0.5), (None, "embed"))
         self.attn = SelfAttention(d, config.heads, qk_norm=config.qk_norm, rngs=rngs, last=last)
         self.cross = CrossAttention(d, config.heads, rngs=rngs, last=last)
-        self.mlp = MLP(d, int(d * config.mlp_ratio), d, rngs=rngs, activation=gelu_tanh, last=last)
+        self.mlp = MLP(d, int(d * config.mlp_ratio), d, rngs=rngs, activation=gelu_tanh, last=last, feature_axis="embed")
 
     def __call__(self, x, text, text_mask, mod, rotary):
         """x [b, v, t, n, d], text [b, l, d] → [b, v, t, n, d]."""
@@ -184,7 +184,10 @@ class DiT(nnx.Module):
         pad = [(0, 0), (0, 0), (0, -t % pt), (0, -h % ph), (0, -w % pw), (0, 0)]
         x = rearrange(jnp.pad(x, pad), "b v (t pt) (h ph) (w pw) c -> b v t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
         rows, columns = x.shape[3:5]
-        x = self.patch(rearrange(x.astype(dtype), "b v t h w p -> b v t (h w) p"))
+        # Stated at both ends of the network: left to itself, the CPU partitioner drops part of the sum over `context` in the
+        # gradients of the first and the last kernel (jax 0.10; tests/test_train.py compares meshes).
+        x = constrain(rearrange(x.astype(dtype), "b v t h w p -> b v t (h w) p"), "batch", None, "frames", None, None)
+        x = constrain(self.patch(x), "batch", None, "frames", None, None)
         x = x + position_table(rows, columns, cfg.width, cfg.image_size, cfg.input_sq_size).astype(dtype)
         if self.conditions is not None:
             x = x + self.conditions(conditions, dtype)[:, :, ::pt, None, :]
@@ -206,6 +209,7 @@ class DiT(nnx.Module):
         shift = (self.final_table[0] + time)[..., None, :]  # no activation, no linear map here, as published
         scale = (self.final_table[1] + time)[..., None, :]
         x = layer_norm(x).astype(jnp.float32) * (1 + scale) + shift
-        x = self.final(x.astype(dtype)).astype(jnp.float32)
+        x = constrain(x.astype(dtype), "batch", None, "frames", None, None)
+        x = constrain(self.final(x), "batch", None, "frames", None, None).astype(jnp.float32)
         x = rearrange(x, "b v t (h w) (pt ph pw c) -> b v (t pt) (h ph) (w pw) c", h=rows, w=columns, pt=pt, ph=ph, pw=pw)
         return x[:, :, :t, :h, :w]

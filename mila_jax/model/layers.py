@@ -58,10 +58,12 @@ class Linear(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Linear → activation → Linear."""
+    """Linear → activation → Linear. `feature_axis`: the logical axis of the inputs; None for features that are not the width's."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, *, rngs: nnx.Rngs, activation=nnx.silu, first=xavier, last=xavier):
-        self.fc1 = Linear(inputs, hidden, ("embed", "mlp"), rngs=rngs, init=first)
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, *, rngs: nnx.Rngs, activation=nnx.silu, first=xavier, last=xavier, feature_axis=None
+    ):  # fmt: skip
+        self.fc1 = Linear(inputs, hidden, (feature_axis, "mlp"), rngs=rngs, init=first)
         self.fc2 = Linear(hidden, outputs, ("mlp", "embed"), rngs=rngs, init=last)
         self.activation = activation
 

@@ -170,13 +170,13 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
     or data that cannot work, and `FloatingPointError` with the step window if the loss is not a number.
     """
     trainer = Trainer(config, devices=devices)
+    _check_same_run(trainer.folder, config)
     checkpoints = Checkpoints(trainer.folder, config.train.keep)
     with jax.set_mesh(trainer.mesh):
         state = trainer.initial_state()
         start = checkpoints.latest() or 0
         if start:
             state = checkpoints.restore(abstract_state(jax.eval_shape(lambda s: s, state), trainer.shardings))
-        _check_same_run(trainer.folder, config)
         writer = MetricWriter(trainer.folder, start)
         validation = _validation_source(config) if config.train.eval_every else None
         batches = trainer.batches(trainer.train_source, start)
