@@ -212,3 +212,13 @@ def test_weights_that_do_not_fit_name_the_tensor(config, tmp_path):
     with pytest.raises(UserError, match="junk.safetensors"):
         load_model(tmp_path / "junk.safetensors")
     assert nnx.to_flat_state(params)
+
+
+def test_weights_of_another_autoencoder_are_refused_and_of_another_text_encoder_reported(config, tmp_path, capsys):
+    trainer = loop.Trainer(with_dir(config, tmp_path))
+    trainer._check_start(trainer.data)
+    assert capsys.readouterr().err == ""
+    trainer._check_start(trainer.data | {"text_encoder": "minilm"})
+    assert "text is learned anew" in capsys.readouterr().err
+    with pytest.raises(UserError, match="another autoencoder"):
+        trainer._check_start(trainer.data | {"autoencoder_sha256": "0"})

@@ -112,7 +112,9 @@ def trace(camera, rays, scene, look):
     keys = _nearest(d, camera["boxes"], camera["box_count"], _box, keys, 0)
     keys = _nearest(d, camera["rounds"], camera["round_count"], _ellipsoid, keys, boxes)
     k = keys & NOTHING
-    is_object, is_round = k != NOTHING, k >= boxes
+    # A box that is missed answers FAR, and would win against a sky that is as far.
+    is_object = (k != NOTHING) & (keys < lax.bitcast_convert_type(jnp.float32(FAR), jnp.int32) & ~NOTHING)
+    is_round = k >= boxes
     table = jnp.concatenate([camera["boxes"], camera["rounds"]]).T
     row = table[:, jnp.where(is_object, k, 0)]
     exact = jnp.where(is_round, _ellipsoid(d, row), _box(d, row))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 import time
 
 import grain
@@ -23,7 +24,7 @@ from mila_jax.model.weights import load_model, merge_parameters, model_config, s
 from mila_jax.parallel.mesh import batch_sharding, check_divides, make_mesh
 from mila_jax.train import step as step_module
 from mila_jax.train.checkpoint import Checkpoints, abstract_state
-from mila_jax.train.metrics import MetricWriter
+from mila_jax.train.metrics import MetricWriter, read_metrics
 from mila_jax.train.optimizer import make_optimizer
 from mila_jax.train.state import abstract_model, create_state, state_shardings
 
@@ -124,9 +125,19 @@ class Trainer:
         """A fresh state: from `train.init_from` if set, else drawn from the seed."""
         params = None
         if self.config.train.init_from:
-            given = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(load_model(self.config.train.init_from).params)}
+            start = load_model(self.config.train.init_from)
+            self._check_start(start.data)
+            given = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(start.params)}
             params = merge_parameters(create(self.dit)[1], given, source=self.config.train.init_from)
         return create_state(self.mesh, self.dit, self.tx, self.config.seed, params)
+
+    def _check_start(self, described: dict) -> None:
+        """Weights go on only with the latents that they know; another text encoder is learned anew, and said."""
+        path, name = self.config.train.init_from, "text_encoder"
+        if described.get("autoencoder_sha256") != self.data.get("autoencoder_sha256"):
+            raise UserError(f"{path} was trained on latents of another autoencoder than {self.config.data.dir}; prepare the data with that one")
+        if described.get(name) != self.data.get(name):
+            print(f"{path} knows text by {described.get(name)!r}, the data by {self.data.get(name)!r}: text is learned anew", file=sys.stderr)
 
     def batches(self, source, first_step: int):
         """Endless batches on the mesh from step `first_step` on; the batch of a step is the same on any number of hosts."""
@@ -158,9 +169,17 @@ class Trainer:
 
     def export(self, state, card: dict) -> pathlib.Path:
         """Writes the EMA weights as `model.safetensors` in the run's folder."""
-        path = self.folder / "model.safetensors"
-        save_model(path, state.ema, self.config, self.data, self.covariance, card)
-        return path
+        save_model(self.model_path, state.ema, self.config, self.data, self.covariance, card)
+        return self.model_path
+
+    @property
+    def model_path(self) -> pathlib.Path:
+        """Where `export` writes."""
+        return self.folder / "model.safetensors"
+
+    def exported(self) -> int | None:
+        """The step of the weights that lie there, None if there are none."""
+        return load_model(self.model_path).card["steps"] if self.model_path.exists() else None
 
 
 def train(config, *, progress: bool = True, stop_after: int | None = None, devices=None) -> Outcome:
@@ -172,6 +191,9 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
     trainer = Trainer(config, devices=devices)
     _check_same_run(trainer.folder, config)
     checkpoints = Checkpoints(trainer.folder, config.train.keep)
+    done = trainer.exported()
+    if done is not None and done == checkpoints.latest() and done >= config.train.steps:
+        return Outcome(done, True, trainer.model_path)
     with jax.set_mesh(trainer.mesh):
         state = trainer.initial_state()
         start = checkpoints.latest() or 0
@@ -180,7 +202,7 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
         writer = MetricWriter(trainer.folder, start)
         validation = _validation_source(config) if config.train.eval_every else None
         batches = trainer.batches(trainer.train_source, start)
-        began, seconds_before = time.monotonic(), _seconds_so_far(trainer.folder, start)
+        began, seconds_before = time.monotonic(), max((m.get("seconds", 0.0) for m in read_metrics(trainer.folder)), default=0.0)
         last = config.train.steps if stop_after is None else min(config.train.steps, start + stop_after)
         pending, finished, step = None, True, start
         bar = tqdm.tqdm(total=config.train.steps, initial=start, desc="train", unit="step", disable=not progress)
@@ -204,7 +226,6 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
         seconds = seconds_before + time.monotonic() - began
         card = {"steps": step, "samples": step * config.train.batch, "train_seconds": round(seconds), "data": str(pathlib.Path(config.data.dir).name)}
         model = trainer.export(state, card)
-        (trainer.folder / "clock.json").write_text(json.dumps({"step": step, "seconds": seconds}))
         checkpoints.close()
         writer.close()
     return Outcome(step, finished and step >= config.train.steps, model)
@@ -224,13 +245,6 @@ def _log(writer, bar, pending) -> None:
 def _validation_source(config):
     specs, shares = clip_specs(config)
     return ClipSource(config.data.dir, "val", specs, shares)
-
-
-def _seconds_so_far(folder, step: int) -> float:
-    path = folder / "clock.json"
-    if not step or not path.exists():
-        return 0.0
-    return json.loads(path.read_text())["seconds"]
 
 
 def _check_same_run(folder, config) -> None:
