@@ -187,7 +187,7 @@ def test_training_learns_and_resumes_bit_for_bit(tmp_path):
 
     path, rows = run("whole")
     assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
-    assert rows[-1]["psnr"] > rows[1]["psnr"] + 2
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"] and rows[-1]["psnr"] > rows[1]["psnr"], rows
     config_back, _, shift, scale = load_autoencoder(path)
     assert config_back == TINY and (scale > 0).all() and np.abs(shift).max() < 10
     card = training_card(path)
