@@ -101,6 +101,7 @@ def get_config() -> ConfigDict:
     c.generate.guidance_text = 1.0  # 1 = none
     c.generate.guidance_waypoints = 1.0
     c.generate.shift = 1.0  # timestep shift R: times t → R t / (1 + (R - 1) t)
+    c.generate.temperature = 1.0  # scale of the noise that frames start from; below 1: calmer pictures, less variety
     c.generate.decode_batch = 24  # images at a time
 
     # Devices: sizes of the mesh axes; -1 = all that are left.

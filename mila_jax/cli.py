@@ -7,8 +7,9 @@ errors in the arguments answer at once.
 import argparse
 import sys
 
-from mila_jax.config import DEFAULT, load_config
 from mila_jax.errors import UserError
+
+DEFAULT = "configs/tiny.py"
 
 EXAMPLES = """examples:
   mila demo                                            the whole job on simulated streets, ends with a report
@@ -100,10 +101,6 @@ def _run(options, config) -> int:
         from mila_jax.scores import evaluate_command
 
         evaluate_command(config, clips=options.clips, seconds=options.seconds, out=options.out, progress=progress)
-    elif options.command == "doctor":
-        from mila_jax import doctor
-
-        return doctor.main()
     return 0
 
 
@@ -119,9 +116,19 @@ def main(argv=None) -> int:
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}; settings are written --config.KEY=VALUE; see mila {options.command} --help")
     try:
+        if options.command == "doctor":  # before anything that may be missing is imported
+            from mila_jax import doctor
+
+            return doctor.main()
+        from mila_jax.config import load_config
+
         return _run(options, load_config(options.config, rest))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished work is kept", file=sys.stderr)

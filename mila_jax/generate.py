@@ -19,8 +19,8 @@ from mila_jax.model import conditions as conditions_module
 from mila_jax.model.conditions import Conditions
 from mila_jax.model.network import make_velocity
 from mila_jax.model.weights import SHIPPED, WorldModel, load_model
-from mila_jax.prepare import open_codec
-from mila_jax.start import FRAME_RATE, Start, choose_trajectory, from_folder, from_scene
+from mila_jax.prepare import describe_data, open_codec
+from mila_jax.start import FRAME_RATE, Start, choose_trajectory, frame_count, from_folder, from_scene
 from mila_jax.views import VIEWS
 
 
@@ -28,7 +28,7 @@ def sampler_options(model: WorldModel, config) -> SamplerOptions:
     """How windows are denoised: the config's `window` and `generate` sections."""
     w, g = config.window, config.generate
     return SamplerOptions(
-        steps=g.steps, family=w.tpd_family, alpha=w.tpd_strength, a=w.anchor_error, sigma_a=w.anchor_level, shift=g.shift
+        steps=g.steps, family=w.tpd_family, alpha=w.tpd_strength, a=w.anchor_error, sigma_a=w.anchor_level, shift=g.shift, temperature=g.temperature,
     )
 
 
@@ -116,14 +116,22 @@ def find_weights(config) -> pathlib.Path:
     return path
 
 
-def check_fits(model: WorldModel, codec, text_name: str | None) -> None:
-    """Raises `UserError` if the autoencoder or text encoder are not those that the model was trained with."""
+def check_fits(model: WorldModel, codec, data_dir=None) -> None:
+    """Raises `UserError` if the autoencoder, or the encoded data set in `data_dir`, is not of the kind that the model was trained on."""
     if model.data.get("autoencoder_sha256") != codec.sha256:
         raise UserError("the model was trained on latents of another autoencoder; set autoencoder.path to that one's file")
-    if text_name is not None and model.data.get("text_encoder") != text_name:
-        raise UserError(
-            f"the model was trained with text encoder {model.data.get('text_encoder')!r}, not {text_name!r}; install it (mila doctor) or set text.encoder"
-        )
+    if data_dir is None:
+        return
+    data = describe_data(data_dir)
+    remedies = {
+        "autoencoder_sha256": "prepare it with that autoencoder (autoencoder.path)",
+        "latent_shape": "prepare it at that size (data.image_size)",
+        "text_encoder": "prepare it with that text encoder (text.encoder; mila doctor says how to install one)",
+        "text_shape": "prepare it with that text.length",
+    }
+    for key, remedy in remedies.items():
+        if data.get(key) != model.data.get(key):
+            raise UserError(f"{data_dir} has {key} {data.get(key)}, the model was trained with {model.data.get(key)}; {remedy}")
 
 
 def window_settings(model: WorldModel, config):
@@ -139,8 +147,7 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     from data_pipeline.clips import read_scene
     from mila_jax.model.text import make_text_encoder
 
-    if options.seconds <= 0:
-        raise UserError(f"--seconds={options.seconds:g} must be positive")
+    length = frame_count(options.seconds)
     out = pathlib.Path(options.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +158,7 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     model = load_model(find_weights(config))
     config = window_settings(model, config)
     codec = open_codec(config)
-    check_fits(model, codec, None)
+    check_fits(model, codec, options.data)
     given = config.window.conditioning
     text_length = model.data["text_shape"][0]
     if options.data:
@@ -169,7 +176,7 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     trajectory = choose_trajectory(options.waypoints, start, options.seconds, options.speed, bool(options.data))
     start = dataclasses.replace(start, trajectory=trajectory)
     began = time.monotonic()
-    result, plan = Generator(model, config)([start], round(options.seconds * FRAME_RATE), options.seed)
+    result, plan = Generator(model, config)([start], length, options.seed)
     latents = np.asarray(result.latents[0])
     generated = time.monotonic() - began
     frames = []

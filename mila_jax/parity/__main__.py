@@ -21,7 +21,7 @@ def check_file(path) -> list[tuple[str, float, float]]:
             npz = {k: z[k] for k in z.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give an .npz file of recorded numbers") from None
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
+    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, AttributeError) as error:
         raise UserError(f"{path} is not a readable .npz file ({error}); get it again") from None
     if stdit3.matches(npz):
         return stdit3.check(npz, Path(path).parent)
@@ -42,6 +42,9 @@ def main(paths) -> int:
             results = check_file(path)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (KeyError, ValueError, IndexError) as error:
+            print(f"error: {path} does not hold what its format asks for: {type(error).__name__} {error}", file=sys.stderr)
             return 2
         for name, error, tolerance in results:
             good = error <= tolerance  # False for NaN too

@@ -43,6 +43,8 @@ def check(npz) -> list[tuple[str, float, float]]:
             results += _mask_strategy(npz, meta["mask_strategy"])
     except KeyError as error:
         raise UserError(f"the rectified flow file lacks {error}; get it again") from None
+    if not results:
+        raise UserError("the rectified flow file holds no output that this command knows; get it again")
     return results
 
 
@@ -69,7 +71,9 @@ def _text_mean(y):
 
 
 def _ratio(npz):
-    return shift_ratio(npz["in/height"], npz["in/width"], published_latent_frames(npz["in/num_frames"]))
+    frames = npz["in/num_frames"]  # the first sample's decides for all whether they are images
+    latent_frames = np.ones_like(frames) if frames.flat[0] == 1 else published_latent_frames(np.maximum(frames, 2))
+    return shift_ratio(npz["in/height"], npz["in/width"], latent_frames)
 
 
 def _trajectory(npz, name: str, settings: dict) -> list[tuple[str, float, float]]:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -231,8 +232,6 @@ def _write_weights(out_dir: Path, config: AutoencoderTraining, state: TrainState
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module docstring."""
-    from mila_jax.train.autoencoder_frames import split_frames  # the data side, needed by the command only
-
     parser = argparse.ArgumentParser(prog="python -m mila_jax.train.autoencoder", description=main.__doc__)
     parser.add_argument("--data", required=True, help="folder of a data set in nuScenes format")
     parser.add_argument("--version", default="v1.0-sim", help="table folder inside it")
@@ -245,11 +244,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=112)
     parser.add_argument("--max-frames", type=int, default=12000, help="training frames held in memory, evenly spaced over the data")
     args = parser.parse_args(arguments)
+    try:
+        print(_train_from(args))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def _train_from(args) -> Path:
+    from mila_jax.train.autoencoder_frames import split_frames  # the data side, needed by the command only
+
     train, val = split_frames(args.data, args.version, args.height, args.width, args.max_frames)
     config = AutoencoderTraining(batch_size=args.batch_size)
-    path = train_autoencoder(train, val, config, args.out, args.steps, args.seed, minutes=args.minutes,
+    return train_autoencoder(train, val, config, args.out, args.steps, args.seed, minutes=args.minutes,
                              card={"data": f"{Path(args.data).name} {args.version}"})
-    print(path)
 
 
 if __name__ == "__main__":

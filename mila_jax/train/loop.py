@@ -16,12 +16,13 @@ from flax import nnx
 
 from data_pipeline.clips import ClipSource, ClipSpec, read_scene
 from data_pipeline.loader import make_loader
-from data_pipeline.records import read_index, read_text
+from data_pipeline.records import read_index, write_atomically
 from mila_jax.errors import UserError
 from mila_jax.model.precondition import fit_covariance
 from mila_jax.model.stdit3_weights import create
 from mila_jax.model.weights import load_model, merge_parameters, model_config, save_model
 from mila_jax.parallel.mesh import batch_sharding, check_divides, make_mesh
+from mila_jax.prepare import describe_data
 from mila_jax.train import step as step_module
 from mila_jax.train.checkpoint import Checkpoints, abstract_state
 from mila_jax.train.metrics import MetricWriter, read_metrics
@@ -48,7 +49,9 @@ def clip_specs(config) -> tuple[list[ClipSpec], list[float]]:
     """
     window, train = config.window, config.train
     specs, shares = [], []
-    for fps, share in zip(train.fps, train.fps_weights, strict=True):
+    if len(train.fps) != len(train.fps_weights):
+        raise UserError(f"train.fps={tuple(train.fps)} and train.fps_weights={tuple(train.fps_weights)} must have equally many entries")
+    for fps, share in zip(train.fps, train.fps_weights):
         if fps < step_module.DATA_RATE:
             specs += [ClipSpec(window.frames, window.conditioning, fps), ClipSpec(window.frames, window.conditioning, fps, fps)]
             shares += [share / 2, share / 2]
@@ -59,15 +62,6 @@ def clip_specs(config) -> tuple[list[ClipSpec], list[float]]:
                 specs.append(ClipSpec(window.frames, 1, fps))
                 shares.append(0.1 * share)
     return specs, shares
-
-
-def describe_data(data_dir) -> dict:
-    """What a data set says of itself, for the model's sizes and for checks at generation."""
-    index = read_index(data_dir)
-    tokens, _ = read_text(data_dir, len(index.scenes))
-    return {
-        "latent_shape": list(index.latent_shape), "image_size": list(index.image_size), "text_shape": list(tokens.shape[1:]), **index.meta,
-    }  # fmt: skip
 
 
 def measure_covariance(data_dir) -> np.ndarray:
@@ -85,9 +79,14 @@ class Trainer:
             section, name = key.split(".")
             if config[section][name] is None:
                 raise UserError(f"{key} is not set; give --config.{key}=FOLDER")
+        for key in ("steps", "batch", "log_every", "checkpoint_every"):
+            if config.train[key] < 1:
+                raise UserError(f"train.{key}={config.train[key]} must be at least 1")
         self.config, self.folder = config, pathlib.Path(config.train.dir)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "writable", b"")
+            (self.folder / "writable").unlink()
         except OSError as error:
             raise UserError(f"cannot write to {self.folder} ({error.strerror}); set train.dir to a writable folder") from None
         self.objective = step_module.Objective.from_config(config)
@@ -112,14 +111,14 @@ class Trainer:
         if self.config.model.precondition == "none":
             return None
         path = self.folder / "covariance.json"
-        if path.exists():
+        if path.exists() and (self.folder / "config.json").exists():
             return np.asarray(json.loads(path.read_text()), np.float32)
-        if self.config.train.init_from:
-            weights = load_model(self.config.train.init_from).covariance
-        else:
-            weights = measure_covariance(self.config.data.dir)
-        path.write_text(json.dumps(np.asarray(weights, np.float64).round(6).tolist()))
-        return np.asarray(json.loads(path.read_text()), np.float32)
+        weights = load_model(self.config.train.init_from).covariance if self.config.train.init_from else measure_covariance(self.config.data.dir)
+        if weights is None:
+            raise UserError(f"{self.config.train.init_from} was trained with model.precondition=none; set model.precondition=none to go on from it")
+        text = json.dumps(np.asarray(weights, np.float64).round(6).tolist())
+        write_atomically(path, text.encode())
+        return np.asarray(json.loads(text), np.float32)
 
     def initial_state(self):
         """A fresh state: from `train.init_from` if set, else drawn from the seed."""
@@ -186,16 +185,17 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
     """Trains until `train.steps` (or `train.minutes`), resuming by itself from the newest checkpoint in `train.dir`.
 
     `stop_after`: leave after so many steps of this call (tests). Raises `UserError` before anything is compiled for a config
-    or data that cannot work, and `FloatingPointError` with the step window if the loss is not a number.
+    or data that cannot work, and when the loss is not a number (no such state is ever saved).
     """
     trainer = Trainer(config, devices=devices)
-    _check_same_run(trainer.folder, config)
+    identity = _check_same_run(trainer.folder, config, trainer.data)
     checkpoints = Checkpoints(trainer.folder, config.train.keep)
     done = trainer.exported()
     if done is not None and done == checkpoints.latest() and done >= config.train.steps:
         return Outcome(done, True, trainer.model_path)
     with jax.set_mesh(trainer.mesh):
         state = trainer.initial_state()
+        write_atomically(trainer.folder / "config.json", identity.encode())  # from here on the folder belongs to this run
         start = checkpoints.latest() or 0
         if start:
             state = checkpoints.restore(abstract_state(jax.eval_shape(lambda s: s, state), trainer.shardings))
@@ -216,12 +216,15 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
             if validation is not None and step % config.train.eval_every == 0:
                 writer.write(step, trainer.evaluate(state.ema, validation))
             if step % config.train.checkpoint_every == 0:
+                _check_finite(step, metrics)
                 checkpoints.save(state, step)
             if config.train.minutes and time.monotonic() - began > 60 * config.train.minutes:
                 finished = False
                 break
         _log(writer, bar, pending)
         bar.close()
+        if step > start:
+            _check_finite(step, metrics)
         checkpoints.save(state, step)
         seconds = seconds_before + time.monotonic() - began
         card = {"steps": step, "samples": step * config.train.batch, "train_seconds": round(seconds), "data": str(pathlib.Path(config.data.dir).name)}
@@ -235,11 +238,17 @@ def _log(writer, bar, pending) -> None:
     if pending is None:
         return
     step, metrics, seconds = pending
+    _check_finite(step, metrics)
     values = {k: float(v) for k, v in metrics.items()}
-    if not np.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss at step {step} is {values['loss']}; the last good checkpoint is kept")
     writer.write(step, values | {"seconds": round(seconds, 2)})
     bar.set_postfix(loss=f"{values['loss']:.4f}")
+
+
+def _check_finite(step: int, metrics) -> None:
+    """Before a state is saved: one that is not a number would be resumed for ever."""
+    loss = float(metrics["loss"])
+    if not np.isfinite(loss):
+        raise UserError(f"the loss at step {step} is {loss}; the last checkpoint is good, lower train.learning_rate and run again")
 
 
 def _validation_source(config):
@@ -247,13 +256,15 @@ def _validation_source(config):
     return ClipSource(config.data.dir, "val", specs, shares)
 
 
-def _check_same_run(folder, config) -> None:
-    """A folder belongs to one model: refuses to go on with another `model` section."""
+def _check_same_run(folder, config, data: dict) -> str:
+    """A folder belongs to one run: refuses another model, window, seed, start or other latents. Returns what config.json shall hold."""
     path = folder / "config.json"
+    now = json.loads(config.to_json()) | {"data_description": json.loads(json.dumps(data))}
     if path.exists():
         before = json.loads(path.read_text())
-        now = json.loads(config.to_json())
-        if before["model"] != now["model"]:
-            changed = sorted(k for k in now["model"] if before["model"].get(k) != now["model"][k])
-            raise UserError(f"{folder} holds a run with another model.{', model.'.join(changed)}; choose another train.dir")
-    path.write_text(json.dumps(json.loads(config.to_json()), indent=1))
+        different = [f"{part}.{key}" for part in ("model", "window", "data_description") for key in now[part] if before[part].get(key) != now[part][key]]
+        different += [] if before["seed"] == now["seed"] else ["seed"]
+        different += [] if _name(before["train"]["init_from"]) == _name(now["train"]["init_from"]) else ["train.init_from"]
+        if different:
+            raise UserError(f"{folder} holds a run with another {', '.join(different)}; choose another train.dir (mila demo: --fresh)")
+    return json.dumps(now, indent=1)
