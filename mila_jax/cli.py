@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", "generate a six-view video")
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="DIR", help="encoded data set; first frames, cameras and text come from --scene")
-    source.add_argument("--frames", metavar="DIR", help="folder of first frames: CAM_FRONT/*.jpg or CAM_FRONT*.jpg, and so on")
+    source.add_argument("--frames", metavar="DIR", help="folder of first frames of the reference rig: CAM_FRONT/*.jpg or CAM_FRONT*.jpg, and so on")
     generate.add_argument("--scene", metavar="NAME")
     generate.add_argument("--start", type=float, default=1.0, help="seconds into the scene of the last given frame")
     generate.add_argument("--waypoints", default=None, metavar="W", help="scene, a .csv or .json file, or straight, left, right, stop")

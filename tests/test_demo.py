@@ -31,6 +31,21 @@ def test_demo_ends_in_a_report_and_reuses_what_is_finished(small_config, tmp_pat
     assert all(p.stat().st_mtime_ns != t for p, t in times.items() if p.exists())
 
 
+def test_fresh_deletes_nothing_that_no_demo_made(small_config, tmp_path):
+    (tmp_path / "nuscenes" / "v1.0-trainval").mkdir(parents=True)
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="no demo made"):
+            demo(small_config, tmp_path, fresh=fresh, from_scratch=True, progress=False)
+    assert (tmp_path / "nuscenes" / "v1.0-trainval").exists()
+
+
+def test_lengths_that_make_no_sense_end_before_any_work(small_config, tmp_path):
+    for seconds in (0, -1, float("nan"), 0.1, 1e9):
+        with pytest.raises(UserError, match="--seconds"):
+            demo(small_config, tmp_path / "demo", from_scratch=True, seconds=seconds, progress=False)
+    assert not (tmp_path / "demo").exists()
+
+
 def test_unwritable_folder(small_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out"):

@@ -1,6 +1,8 @@
 """From weights to videos, and the command line around it."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 from PIL import Image
 
 from data_pipeline.clips import read_scene
+from data_pipeline.nuscenes.reader import open_nuscenes
 from data_pipeline.records import read_index
 from mila_jax import cli, generate
+from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
 from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
@@ -122,7 +126,9 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys):
         "sideways": ["generate", data, f"--scene={name}", "--waypoints=sideways", out],
         "short.csv ends at 1": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/short.csv", out],
         "cannot write to": ["generate", data, f"--scene={name}", f"--out={tmp_path}/file/x"],
-        "must be positive": ["generate", data, f"--scene={name}", "--seconds=0", out],
+        "--seconds=0 must": ["generate", data, f"--scene={name}", "--seconds=0", out],
+        "--seconds=nan must": ["generate", data, f"--scene={name}", "--seconds=nan", out],
+        "recorded drive ends": ["generate", data, f"--scene={name}", "--seconds=60", out],
     }
     for message, arguments in cases.items():
         assert run(config, *arguments) == 2, message
@@ -145,6 +151,66 @@ def test_the_wrong_autoencoder_is_noticed(trained, tmp_path, capsys, small_confi
     assert open_codec(small_config).sha256 != open_codec(config_with(config, other)).sha256
 
 
+def test_data_of_another_kind_is_noticed(trained, tmp_path):
+    config, _ = trained
+    model, codec = load_model(config.generate.weights), open_codec(config)
+    generate.check_fits(model, codec, config.data.dir)
+    for key, value in {"text_encoder": "minilm", "latent_shape": [1, 2, 3], "text_shape": [4, 5], "autoencoder_sha256": "0"}.items():
+        other = dataclasses.replace(model, data=model.data | {key: value})
+        with pytest.raises(UserError, match="another autoencoder" if key == "autoencoder_sha256" else key):
+            generate.check_fits(other, codec, config.data.dir)
+
+
+def test_evaluate_prints_scores(trained, tmp_path, capsys):
+    config, _ = trained
+    data = [f"--config.data.dir={config.data.dir}", f"--config.data.nuscenes={config.data.nuscenes}", "--config.data.image_size=(32, 48)"]
+    assert run(config, "evaluate", *data, "--clips=1", "--seconds=0.5", f"--out={tmp_path}/scores.json") == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert json.loads(capsys.readouterr().out) == scores
+    assert [row["views"] for row in scores["distances"]] == ["multi", "front"]
+    assert scores["distances"][0]["FD-EffNetLite0"] > 0 and np.isfinite(scores["reconstruction_psnr_db"])
+    for wrong, message in {"--clips=0": "--clips=0", "--seconds=0.1": "--seconds=0.1", "--seconds=500": "longer than val scene"}.items():
+        assert run(config, "evaluate", *data, wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_simulate_command_writes_a_data_set(tmp_path, capsys):
+    sizes = ["--config.simulate.scenes=1", "--config.simulate.seconds=1", "--config.simulate.height=16", "--config.simulate.width=28"]
+    assert cli.main(["simulate", f"--out={tmp_path}/data", "--quiet", *sizes]) == 0
+    assert capsys.readouterr().out.strip() == f"{tmp_path}/data"
+    assert [s.name for s in open_nuscenes(tmp_path / "data", "v1.0-sim").scenes] == ["scene-0001"]
+    assert cli.main(["simulate", f"--out={tmp_path}/data", "--quiet", *sizes, "--config.simulate.seed=1"]) == 2
+    assert "simulated with seed=0" in capsys.readouterr().err
+
+
+def test_broken_data_is_one_line_that_names_the_file(small_config, tmp_path, capsys):
+    """Through the command: a corrupt JPEG, a table with a missing token, a cut and a damaged shard."""
+    c = small_config
+    common = ["--quiet", "--config.data.image_size=(32, 48)", f"--config.autoencoder.path={c.autoencoder.path}", "--config.text.encoder=table"]
+
+    def fails(*arguments):
+        assert cli.main([*arguments, *common]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1].startswith("error: ") and not any("Traceback" in line for line in error)
+        return error[-1]
+
+    shutil.copytree(c.data.nuscenes, tmp_path / "images")
+    picture = sorted((tmp_path / "images" / "sweeps" / "CAM_FRONT").iterdir())[3]
+    picture.write_bytes(picture.read_bytes()[:100])
+    assert picture.name in fails("prepare", f"--config.data.nuscenes={tmp_path}/images", f"--config.data.dir={tmp_path}/out")
+    shutil.copytree(c.data.nuscenes, tmp_path / "tables")
+    table = tmp_path / "tables" / "v1.0-sim" / "calibrated_sensor.json"
+    table.write_text(json.dumps(json.loads(table.read_text())[1:]))
+    assert "calibrated_sensor" in fails("prepare", f"--config.data.nuscenes={tmp_path}/tables", f"--config.data.dir={tmp_path}/out2")
+    for name, damage in {"cut": lambda b: b[: len(b) // 2], "damaged": lambda b: b[:70_000] + bytes(20_000) + b[90_000:]}.items():
+        shutil.copytree(c.data.dir, tmp_path / name)
+        shard = tmp_path / name / "train-00000.array_record"
+        shard.write_bytes(damage(shard.read_bytes()))
+        sizes = ["--config.train.batch=4", "--config.train.steps=40", "--config.model.width=16", "--config.model.depth=1", "--config.model.heads=2"]
+        message = fails("train", f"--config.data.dir={tmp_path}/{name}", f"--config.train.dir={tmp_path}/run-{name}", "--config.train.fps_weights=(1.0, 0.0, 0.0)", *sizes)
+        assert "train-00000.array_record" in message
+
+
 def config_with(config, autoencoder):
     """`config` with another autoencoder file."""
     config = config.copy_and_resolve_references()
@@ -159,6 +225,13 @@ def test_unknown_keys_and_commands(capsys, tmp_path):
     assert "configs/tiny.py" in capsys.readouterr().err
     assert cli.main(["train", "--config.train.steps=many"]) == 2
     assert "steps" in capsys.readouterr().err
+    (tmp_path / "broken.py").write_text("def get_config(:")
+    assert cli.main(["train", f"--config={tmp_path}/broken.py"]) == 2
+    assert "SyntaxError" in capsys.readouterr().err
+    (tmp_path / "x.json").write_text("{}")
+    assert cli.main(["train", f"--config={tmp_path}/x.json"]) == 2
+    assert cli.main(["train", f"--config={tmp_path}/tiny.py"]) == 2  # a path is taken literally, though configs/tiny.py exists
+    assert "does not exist" in capsys.readouterr().err
     assert cli.main(["train"]) == 2
     assert "data.dir" in capsys.readouterr().err
     assert cli.main(["prepare", f"--config.data.nuscenes={tmp_path}/x", f"--config.data.dir={tmp_path}/y"]) == 2

@@ -8,6 +8,7 @@ import pytest
 from data_pipeline.simulator.render import Renderer
 from data_pipeline.simulator.rig import load_rig
 from data_pipeline.simulator.world import make_world
+from data_pipeline.simulator.write import SimulatorConfig, simulate
 from mila_jax import geometry
 from mila_jax.views import neighbours
 
@@ -166,3 +167,12 @@ def test_pictures_are_exposed_smooth_and_of_the_right_types(views):
 def test_an_empty_list_of_times_is_an_empty_result(worlds):
     out = Renderer(worlds[DAY], load_rig(), HEIGHT, WIDTH).render(np.zeros((0, 6)))
     assert out["image"].shape == (0, 6, HEIGHT, WIDTH, 3) and out["depth"].shape == (0, 6, HEIGHT, WIDTH)
+
+
+def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
+    """The real renderer, in this process and in two fresh ones."""
+    config = SimulatorConfig(scenes=2, seconds=1.0, height=16, width=28)
+    for workers in (1, 2):
+        simulate(tmp_path / str(workers), config, progress=False, workers=workers)
+    one, two = ({p.relative_to(tmp_path / w): p.read_bytes() for p in (tmp_path / w).rglob("*") if p.is_file()} for w in ("1", "2"))
+    assert len(one) > 100 and one == two

@@ -8,6 +8,7 @@ from flax import nnx
 
 from data_pipeline.clips import ClipSource, ClipSpec
 from mila_jax.config import load_config
+from mila_jax.demo import demo
 from mila_jax.flow.rectified_flow import add_noise, masked_loss, velocity_target
 from mila_jax.generate import check_fits
 from mila_jax.model.conditions import from_clip
@@ -38,13 +39,24 @@ def model():
 def test_files_are_small_and_belong_together(model):
     assert SHIPPED.stat().st_size + SHIPPED_AUTOENCODER.stat().st_size < 20e6
     assert (SHIPPED.parent / "MODEL_CARD.md").exists()
-    check_fits(model, open_codec(load_config("configs/tiny.py")), "minilm")
+    check_fits(model, open_codec(load_config("configs/tiny.py")))
+    assert model.data["text_encoder"] == "minilm"
 
 
 def test_reconstruction_of_new_streets(config):
     images = held_out_images(config.data.nuscenes, config.data.version, config.data.image_size, 96)
     psnr, back = reconstruction(open_codec(config), images)
     assert back.shape == images.shape and psnr > 26
+
+
+@pytest.mark.slow
+def test_demo_goes_on_from_the_shipped_weights(tmp_path):
+    c = load_config("configs/demo.py")
+    c.simulate.update(scenes=2, seconds=8.0)
+    c.train.update(steps=2, eval_every=0)
+    c.generate.steps = 2
+    page = demo(c, tmp_path / "demo", seconds=0.5, progress=False).read_text()
+    assert "started from the shipped checkpoint" in page and "new scenes" in page
 
 
 def test_network_knows_more_than_linear_statistics(config, model):

@@ -18,8 +18,10 @@ from mila_jax.errors import UserError
 from mila_jax.model import stdit3_weights
 from mila_jax.model.weights import load_model
 from mila_jax.train import loop, step
+from mila_jax.train.checkpoint import Checkpoints, abstract_state
 from mila_jax.train.metrics import MetricWriter, read_metrics
 from mila_jax.train.optimizer import learning_rate, make_optimizer
+from mila_jax.train.state import create_state
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,14 @@ def parameters(path):
     return [np.asarray(x) for x in jax.tree.leaves(load_model(path).params)]
 
 
+def last_state(config):
+    """Parameters, average and optimizer moments of the newest checkpoint, in full precision."""
+    trainer = loop.Trainer(config)
+    with jax.set_mesh(trainer.mesh):
+        shapes = jax.eval_shape(lambda: create_state(trainer.mesh, trainer.dit, trainer.tx, 0))
+        return Checkpoints(trainer.folder).restore(abstract_state(shapes, trainer.shardings))
+
+
 def test_resume_is_bit_equal(config, tmp_path):
     whole = loop.train(with_dir(config, tmp_path / "whole"), progress=False)
     first = loop.train(with_dir(config, tmp_path / "parts"), progress=False, stop_after=3)
@@ -47,6 +57,8 @@ def test_resume_is_bit_equal(config, tmp_path):
     second = loop.train(with_dir(config, tmp_path / "parts"), progress=False)
     assert (second.step, second.finished) == (8, True)
     assert all(np.array_equal(a, b) for a, b in zip(parameters(whole.model), parameters(second.model), strict=True))
+    states = [jax.tree.leaves(last_state(with_dir(config, tmp_path / name))) for name in ("whole", "parts")]
+    assert len(states[0]) > 100 and all(np.array_equal(a, b) for a, b in zip(*states, strict=True))
     steps = [m["step"] for m in read_metrics(tmp_path / "parts")]
     assert steps == sorted(set(steps)) and steps[-1] == 8
     assert list((tmp_path / "parts" / "tensorboard").iterdir())
@@ -165,6 +177,7 @@ def test_meshes_give_the_same_step(config, tmp_path):
     "key, value, match",
     [
         ("window.anchor_level", 0.1, "anchor"), ("window.frames", 200, "frames"),
+        ("train.log_every", 0, "train.log_every"), ("train.fps", (12.0,), "train.fps"), ("model.dtype", "bf16", "model.dtype"),
         ("model.precondition", "magic", "model.precondition"), ("mesh.tensor", 3, "mesh"), ("model.heads", 3, "model.heads"),
     ],
 )  # fmt: skip
@@ -188,6 +201,17 @@ def test_unwritable_folder_is_one_line(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="train.dir"):
         loop.train(with_dir(config, tmp_path / "file" / "run"), progress=False)
+
+
+def test_a_loss_that_is_no_number_is_never_saved(config, tmp_path, monkeypatch):
+    def broken(state, batch, key):
+        del batch, key
+        return state, {"loss": jnp.float32(np.nan), "grad_norm": jnp.float32(1)}
+
+    monkeypatch.setattr(step, "jit_train_step", lambda *args, **static: broken)
+    with pytest.raises(UserError, match="loss at step .* is nan"):
+        loop.train(with_dir(config, tmp_path), progress=False)
+    assert Checkpoints(tmp_path).latest() is None and not (tmp_path / "model.safetensors").exists()
 
 
 def test_metrics_survive_half_a_line(tmp_path):

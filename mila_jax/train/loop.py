@@ -264,7 +264,8 @@ def _check_same_run(folder, config, data: dict) -> str:
         before = json.loads(path.read_text())
         different = [f"{part}.{key}" for part in ("model", "window", "data_description") for key in now[part] if before[part].get(key) != now[part][key]]
         different += [] if before["seed"] == now["seed"] else ["seed"]
-        different += [] if _name(before["train"]["init_from"]) == _name(now["train"]["init_from"]) else ["train.init_from"]
+        start, start_before = (pathlib.Path(c["train"]["init_from"] or "").name for c in (now, before))  # the folder may have moved
+        different += [] if start == start_before else ["train.init_from"]
         if different:
             raise UserError(f"{folder} holds a run with another {', '.join(different)}; choose another train.dir (mila demo: --fresh)")
     return json.dumps(now, indent=1)
