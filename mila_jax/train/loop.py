@@ -1,5 +1,6 @@
 """The training loop: data → step → metrics → checkpoint. The order of operations in `train` matters; see the comments."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -189,23 +190,24 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
     """
     trainer = Trainer(config, devices=devices)
     identity = _check_same_run(trainer.folder, config, trainer.data)
-    checkpoints = Checkpoints(trainer.folder, config.train.keep)
-    done = trainer.exported()
-    if done is not None and done == checkpoints.latest() and done >= config.train.steps:
-        return Outcome(done, True, trainer.model_path)
-    with jax.set_mesh(trainer.mesh):
+    with contextlib.ExitStack() as open_things:  # closed on an error too, so that saves under way are finished
+        open_things.enter_context(jax.set_mesh(trainer.mesh))
+        checkpoints = open_things.enter_context(contextlib.closing(Checkpoints(trainer.folder, config.train.keep)))
+        done = trainer.exported()
+        if done is not None and done == checkpoints.latest() and done >= config.train.steps:
+            return Outcome(done, True, trainer.model_path)
         state = trainer.initial_state()
         write_atomically(trainer.folder / "config.json", identity.encode())  # from here on the folder belongs to this run
         start = checkpoints.latest() or 0
         if start:
             state = checkpoints.restore(abstract_state(jax.eval_shape(lambda s: s, state), trainer.shardings))
-        writer = MetricWriter(trainer.folder, start)
+        writer = open_things.enter_context(contextlib.closing(MetricWriter(trainer.folder, start)))
         validation = _validation_source(config) if config.train.eval_every else None
         batches = trainer.batches(trainer.train_source, start)
         began, seconds_before = time.monotonic(), max((m.get("seconds", 0.0) for m in read_metrics(trainer.folder)), default=0.0)
         last = config.train.steps if stop_after is None else min(config.train.steps, start + stop_after)
         pending, finished, step = None, True, start
-        bar = tqdm.tqdm(total=config.train.steps, initial=start, desc="train", unit="step", disable=not progress)
+        bar = open_things.enter_context(tqdm.tqdm(total=config.train.steps, initial=start, desc="train", unit="step", disable=not progress))
         for step in range(start + 1, last + 1):
             state, metrics = trainer.step(state, next(batches), trainer.key)
             bar.update()
@@ -222,15 +224,12 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
                 finished = False
                 break
         _log(writer, bar, pending)
-        bar.close()
         if step > start:
             _check_finite(step, metrics)
         checkpoints.save(state, step)
         seconds = seconds_before + time.monotonic() - began
         card = {"steps": step, "samples": step * config.train.batch, "train_seconds": round(seconds), "data": str(pathlib.Path(config.data.dir).name)}
         model = trainer.export(state, card)
-        checkpoints.close()
-        writer.close()
     return Outcome(step, finished and step >= config.train.steps, model)
 
 
