@@ -9,7 +9,7 @@ from mila_jax.errors import UserError
 from mila_jax.flow.anchors import renoise
 from mila_jax.flow.plan import STRATEGIES, plan_rollout
 from mila_jax.flow.rectified_flow import align
-from mila_jax.flow.rollout import SamplerOptions, continue_video, rollout, scan_stage, window_keys
+from mila_jax.flow.rollout import SamplerOptions, continue_video, rollout, scan_stage, start_window, window_keys
 from mila_jax.flow.sampler import noise_like, sample_window
 from tests.flow_oracles import QUICK
 
@@ -235,3 +235,15 @@ def test_options_and_inputs_are_checked():
         _run(knowing, plan, first=_truth([0]))
     with pytest.raises(UserError, match="refine conditions"):
         rollout(knowing, _truth([-1, 0]), plan, _conditions(plan.coarse), _conditions(plan.coarse), jax.random.key(0))
+
+
+def test_temperature_scales_what_frames_start_from_but_not_the_noise_of_anchors():
+    plan = plan_rollout(6, window=8, conditioning=2, given=2)
+    context, anchor = jnp.asarray(_truth([-1, 0])), jnp.asarray(_truth([6])[:, :, 0])
+    keys = window_keys(jax.random.key(0), B, "refine", 0)
+    full, half = (start_window(context, anchor, plan.refine, SamplerOptions(steps=3, temperature=t), keys) for t in (1.0, 0.5))
+    assert jnp.array_equal(full[:, :, :2], half[:, :, :2]) and jnp.array_equal(full[:, :, -1], half[:, :, -1])
+    np.testing.assert_allclose(half[:, :, 2:-1], 0.5 * full[:, :, 2:-1], rtol=1e-6)
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(UserError, match="generate.temperature"):
+            SamplerOptions(temperature=wrong)
