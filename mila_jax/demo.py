@@ -123,6 +123,8 @@ def _generate(config, weights, folder, frames, progress):
     complete = record.exists() and all((folder / n).exists() for n in ("latents.npz", "generated.mp4", "recorded.mp4"))
     if not (complete and json.loads(record.read_text()) == identity):
         record.unlink(missing_ok=True)  # until all files are of the new video, none counts
+        if progress:
+            print(f"generate: {frames} frames of six views in one compiled rollout", flush=True)
         result, _ = Generator(model, config)([start], frames, config.seed)
         np.savez(folder / "latents.npz", latents=np.asarray(result.latents[0], np.float16))
         latents = np.asarray(result.latents[0])
