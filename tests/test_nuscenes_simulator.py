@@ -169,7 +169,7 @@ def test_interrupted_run_goes_on_where_it_stopped(root, tmp_path):
 
 
 def test_other_settings_in_the_same_folder_are_refused(root, tmp_path):
-    with pytest.raises(UserError, match=r"seed=0, now asked for seed=5; use --fresh or another folder"):
+    with pytest.raises(UserError, match=r"seed=0, now asked for seed=5; choose another folder"):
         stub.write(root, seed=5)
     (tmp_path / "v1.0-sim").mkdir()
     (tmp_path / "v1.0-sim/scene.json").write_text("[]")
