@@ -179,5 +179,5 @@ def _report(config, outcome, out, clock, start, scene, after, generated, progres
     known = clock.read()
     report.add_table([[k, v] for k, v in known.items()] + [["sum", sum(known.values())]], ["phase", "seconds"], "Wall time (the report's own phase not included)")
     report.add_text(f"Sampler: {sampler_options(load_model(outcome.model), config)}")
-    report.add_code(config.to_yaml(), "Configuration")
+    report.add_code(json.dumps(json.loads(config.to_json()), indent=1), "Configuration")
     return report
