@@ -261,7 +261,7 @@ def _check_same_run(folder, config, data: dict) -> str:
     now = json.loads(config.to_json()) | {"data_description": json.loads(json.dumps(data))}
     if path.exists():
         before = json.loads(path.read_text())
-        different = [f"{part}.{key}" for part in ("model", "window", "data_description") for key in now[part] if before[part].get(key) != now[part][key]]
+        different = [f"{part}.{key}" for part in ("model", "window", "data_description") for key in now[part] if before.get(part, {}).get(key) != now[part][key]]
         different += [] if before["seed"] == now["seed"] else ["seed"]
         start, start_before = (pathlib.Path(c["train"]["init_from"] or "").name for c in (now, before))  # the folder may have moved
         different += [] if start == start_before else ["train.init_from"]
