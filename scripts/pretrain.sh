@@ -15,6 +15,6 @@ $python -m mila_jax simulate --out="$runs/nuscenes" \
 $python -m mila_jax.train.autoencoder --data="$runs/nuscenes" --out="$runs/autoencoder" --steps=4000 --batch-size=8
 $python -m mila_jax prepare --config.data.nuscenes="$runs/nuscenes" --config.data.dir="$runs/encoded" --config.autoencoder.path="$autoencoder"
 $python -m mila_jax train --config.data.dir="$runs/encoded" --config.train.dir="$runs/train" \
-  --config.train.steps=3600 --config.train.eval_every=600 "$@"
+  --config.train.steps=3900 --config.train.eval_every=600 "$@"
 echo "$autoencoder"
 echo "$runs/train/model.safetensors"
