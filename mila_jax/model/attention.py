@@ -26,7 +26,7 @@ def attend(q, k, v, mask=None):
 
 
 class SelfAttention(nnx.Module):
-    """Fused qkv, RMSNorm on q and k (optional), rotary embedding (temporal only), output projection.
+    """Fused qkv, RMSNorm on q and k (optional), rotary embedding (of frames, or of viewing directions), output projection.
 
     Published as `attn.{qkv,q_norm,k_norm,proj}` (Open-Sora blocks.py Attention). The fused kernel is stored [d, 3, k, e], so
     that heads are an axis that can be sharded; it is drawn as one matrix [d, 3d].

@@ -17,9 +17,11 @@ from flax import nnx
 from mila_jax.errors import UserError
 from mila_jax.model.attention import CrossAttention, SelfAttention
 from mila_jax.model.conditions import Conditions
+from mila_jax.model.motion import camera_rays
 from mila_jax.parallel.logical import constrain
 from mila_jax.model.layers import (
-    MLP, Linear, fourier, gelu_tanh, layer_norm, normal, parameter, position_table, rotary_tables, rotation_matrix, time_table, xavier, zeros,
+    MLP, Linear, fourier, gelu_tanh, layer_norm, normal, parameter, position_table, ray_rotary_tables, rotary_tables, rotation_matrix,
+    time_table, xavier, zeros,
 )  # fmt: skip
 
 
@@ -42,6 +44,7 @@ class DiTConfig:
     qk_norm: bool = True
     new_embeddings: bool = True  # camera, waypoint and frame-time embeddings
     fourier_bands: int = 8
+    ray_rotary: bool = False  # rotary embedding of the viewing direction in spatial attention (ours; published weights have none)
     dtype: str = "float32"  # compute type
     remat: str = "none"  # none | block: recompute each pair of blocks in the backward pass
 
@@ -77,7 +80,7 @@ class Block(nnx.Module):
         self.mlp = MLP(d, int(d * config.mlp_ratio), d, rngs=rngs, activation=gelu_tanh, last=last, feature_axis="embed")
 
     def __call__(self, x, text, text_mask, mod, rotary):
-        """x [b, v, t, n, d], text [b, l, d] → [b, v, t, n, d]."""
+        """x [b, v, t, n, d], text [b, l, d] → [b, v, t, n, d]; rotary: tables over the axis that is attended to, or None."""
         b, v, t, n, _ = x.shape
         mod = (mod + self.table[...])[..., None, :, :].astype(x.dtype)  # [b, v, t, 1, 6, d]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (mod[..., i, :] for i in range(6))
@@ -90,7 +93,7 @@ class Block(nnx.Module):
             y = rearrange(y, "(b v n) t d -> b v t n d", b=b, v=v)
         else:
             y = constrain(y, "batch", None, "frames", None, None)
-            y = self.attn(rearrange(y, "b v t n d -> (b t) (v n) d"))
+            y = self.attn(rearrange(y, "b v t n d -> (b t) (v n) d"), rotary)
             y = rearrange(y, "(b t) (v n) d -> b v t n d", b=b, v=v)
         x = constrain(x + gate_a * y, "batch", None, None if self.temporal else "frames", "places" if self.temporal else None, None)
         y = self.cross(x.reshape(b, v * t * n, -1), text, text_mask)
@@ -106,8 +109,8 @@ class Pair(nnx.Module):
         self.spatial = Block(config, False, rngs=rngs)
         self.temporal = Block(config, True, rngs=rngs)
 
-    def __call__(self, x, text, text_mask, mod, rotary):
-        x = self.spatial(x, text, text_mask, mod, rotary)
+    def __call__(self, x, text, text_mask, mod, rays, rotary):
+        x = self.spatial(x, text, text_mask, mod, rays)
         return self.temporal(x, text, text_mask, mod, rotary)
 
 
@@ -203,13 +206,18 @@ class DiT(nnx.Module):
         mod = mod.reshape(mod.shape[:-1] + (6, cfg.width))
         text = self.text(conditions.text, conditions.drop_text, dtype)
         rotary = rotary_tables(x.shape[2], cfg.width // cfg.heads)
+        rays = None
+        if cfg.ray_rotary:
+            looks = camera_rays(conditions.intrinsics[:, :, ::pt], conditions.extrinsics[:, :, ::pt], rows, columns)
+            looks = rearrange(looks, "b v t h w i -> (b t) (v h w) i")
+            rays = ray_rotary_tables(looks, columns, cfg.width // cfg.heads)
 
         def body(x, pair):
-            return pair(x, text, conditions.text_mask, mod, rotary).astype(dtype), None
+            return pair(x, text, conditions.text_mask, mod, rays, rotary).astype(dtype), None
 
         if cfg.remat == "block":
             body = jax.checkpoint(body, prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, self.pairs)
+        x, _ = jax.lax.scan(body, x, self.pairs, unroll=True)
 
         shift = (self.final_table[0] + time)[..., None, :]  # no activation, no linear map here, as published
         scale = (self.final_table[1] + time)[..., None, :]
