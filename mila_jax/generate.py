@@ -90,7 +90,7 @@ class Generator:
         drops = (conditions_module.drop_text, conditions_module.drop_waypoints)
 
         def run(params, first, coarse, refine, bootstrap, key):
-            velocity = make_velocity(model.graphdef, params, model.dit, model.covariance)
+            velocity = make_velocity(model.graphdef, params, model.dit, model.prior)
             velocity = guided(velocity, drops, (g.guidance_text, g.guidance_waypoints))
             return rollout(velocity, first, plan, coarse, refine, key, self.options, bootstrap_conditions=bootstrap)
 

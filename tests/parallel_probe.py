@@ -76,7 +76,7 @@ def run(case, config=CONFIG) -> dict:
         with jax.set_mesh(mesh):
             state = create_state(mesh, config, recorder(), 0, random_parameters())
             clip = jax.device_put(make_clip(), batches)
-    static = dict(graphdef=graphdef, config=config, covariance=None)
+    static = dict(graphdef=graphdef, config=config, prior=None)
     key = jax.random.key(3)
     with jax.set_mesh(mesh):
         step = jit_train_step(shardings, batches, rules=rules, objective=OBJECTIVE, tx=recorder(), **static).lower(state, clip, key).compile()
