@@ -1,6 +1,6 @@
 """Run in a child process with the TPU compiler: the train step of a small model, compiled ahead of time.
 
-`python -m tests.aot_step_probe TOPOLOGY MODE REMAT`: splash attention, bfloat16, 2 pairs of blocks, 6 views of 128 tokens, 4 frames, mesh
+`python -m tests.aot_step_probe TOPOLOGY MODE REMAT`: splash and (but for kv_gather) fused temporal attention, bfloat16, 2 pairs of blocks, 6 views of 128 tokens, 4 frames, mesh
 fsdp 2, context 2. Prints one JSON line: Pallas calls, collectives, and bytes of temporaries on the device and on the host.
 """
 
@@ -24,7 +24,7 @@ def main() -> None:
     topology, mode, remat = sys.argv[1:]
     config = DiTConfig(
         width=256, depth=2, heads=2, in_channels=2, out_channels=2, text_width=6, text_length=3, pred_sigma=False, image_size=(128, 256),
-        dtype="bfloat16", attention_kernel="splash", remat=remat, unroll=1,
+        dtype="bfloat16", attention_kernel="splash", remat=remat, unroll=1, temporal_kernel="xla" if mode == "kv_gather" else "fused",
     )  # fmt: skip
     mesh = make_mesh(dict(data=1, fsdp=2, context=2, tensor=1), topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     rules, (graphdef, params) = rules_of(mode), abstract_model(config)

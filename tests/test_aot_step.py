@@ -24,13 +24,14 @@ def compile_step(topology: str, mode: str, remat: str) -> dict:
 @pytest.mark.parametrize("topology, mode", [("v5p:2x2x1", "context"), ("v5e:2x2", "heads"), ("v6e:2x2", "kv_gather")])
 def test_modes(topology, mode):
     found = compile_step(topology, mode, "block")
-    assert found["kernels"] == 3  # forward, forward again, fused backward
+    # Of each kernel: forward, forward again, fused backward.
+    assert found["kernels"] == (3 if mode == "kv_gather" else 6)
     exchanged = found["collectives"]["all-to-all" if mode in ("context", "heads") else "all-gather"]
     assert exchanged >= 4
 
 
 def test_saved_residuals_spare_the_second_forward():
-    assert compile_step("v5p:2x2x1", "context", "dots+attention")["kernels"] == 2
+    assert compile_step("v5p:2x2x1", "context", "dots+attention")["kernels"] == 4
 
 
 def test_offload_keeps_the_stream_on_the_host():

@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mila_jax.config import load_config
+from mila_jax.errors import UserError
 from mila_jax.model.attention import attend
+from mila_jax.model.dit import DiTConfig
 from mila_jax.model.layers import rms_norm, rotary_tables, rotate
 from mila_jax.model.temporal_kernel import fused_attention
+from mila_jax.parallel.logical import rules_from_config
 from tests.tpu_compiler import ROOT, TPU_ENVIRONMENT
 
 
@@ -33,7 +37,10 @@ def test_equals_the_steps_apart(frames, head, heads, dtype, tolerance):
 
         return jax.jit(jax.grad(value, (0, 1, 2, 3, 4)))(q, k, v, *norms)
 
-    fused = lambda *arguments: fused_attention(*arguments, interpret=True)  # noqa: E731
+    def fused(q, k, v, *others):
+        flat = (x.reshape(*x.shape[:-2], heads * head) for x in (q, k, v))
+        return fused_attention(*flat, *others, interpret=True).reshape(q.shape)
+
     f32 = lambda x: np.asarray(x, np.float32)  # noqa: E731
     np.testing.assert_allclose(f32(fused(q, k, v, *norms, rotary)), f32(apart(q, k, v, *norms, rotary)), atol=tolerance)
     for found, expected in zip(gradients(fused), gradients(apart), strict=True):
@@ -42,8 +49,18 @@ def test_equals_the_steps_apart(frames, head, heads, dtype, tolerance):
         np.testing.assert_allclose(f32(found), f32(expected), atol=10 * tolerance * max(1.0, largest))
 
 
+def test_sizes_and_modes_that_the_kernel_cannot_do_name_their_key():
+    config = load_config("configs/xl.py", ["--config.attention.temporal=fused"])
+    with pytest.raises(UserError, match="model.heads"):  # heads of 72
+        DiTConfig(temporal_kernel="fused").check()
+    DiTConfig(heads=9, temporal_kernel="fused").check()
+    rules_from_config(config)
+    config.attention.parallel = "kv_gather"
+    with pytest.raises(UserError, match="attention.temporal"):
+        rules_from_config(config)
+
+
 @pytest.mark.tpu_backend
-@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_ahead_of_time(topology):
     run = subprocess.run(

@@ -15,9 +15,11 @@ from flax import nnx
 from mila_jax.model.layers import Linear, ones, parameter, rms_norm, rotate, xavier, zeros
 from mila_jax.model.remat import ATTENTION, keep
 from mila_jax.model.splash import attend_splash, device_kind
+from mila_jax.model.temporal_kernel import attend_fused
 from mila_jax.parallel.logical import constrain
 
-KERNELS = ("xla", "splash")
+KERNELS = ("xla", "splash")  # of spatial attention
+TEMPORAL_KERNELS = ("xla", "fused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,8 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x, rotary=None):
         """x [..., n, d] → [..., n, d], attention over the n axis; rotary: tables over it or None."""
+        if self.kernel == "fused" and device_kind().startswith("TPU"):
+            return self.proj(self._fused(x, rotary))
         # The kernel is contracted as it is stored: reshaping the result instead costs the TPU compiler copies of q, k and v.
         qkv = jnp.einsum("...d,dmke->m...ke", x, self.qkv[...].astype(x.dtype))
         q, k, v = (y + bias for y, bias in zip(qkv, self.qkv_bias[...].astype(x.dtype)))  # each [..., n, k, e]
@@ -96,6 +100,14 @@ class SelfAttention(nnx.Module):
         y = attend_spatially(q, k, v, self.kernel) if self.layout is SPATIAL else attend(q, k, v)
         y = keep(constrain(y, *self.layout.queries), ATTENTION)
         return self.proj(y.reshape(x.shape))
+
+    def _fused(self, x, rotary):
+        """Everything between the two projections by one kernel, heads side by side: [..., n, d] → [..., n, d]."""
+        width = x.shape[-1]
+        qkv = jnp.einsum("...d,dmf->m...f", x, self.qkv[...].astype(x.dtype).reshape(width, 3, width))
+        axes = self.layout.queries[:-1]  # the heads' name stands for heads and head width
+        q, k, v = (constrain(y + bias, *axes) for y, bias in zip(qkv, self.qkv_bias[...].astype(x.dtype).reshape(3, width)))
+        return keep(constrain(attend_fused(q, k, v, self.q_norm[...], self.k_norm[...], rotary, axes), *axes), ATTENTION)
 
 
 class CrossAttention(nnx.Module):

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
+
+from mila_jax.parallel.logical import spec
 
 EPSILON = 1e-6  # of rms_norm
 PLACES = 16  # of one block, at most: 16 × 28 × 128 keep all of the backward's arrays in VMEM
@@ -120,14 +123,27 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def fused_attention(q, k, v, q_weight, k_weight, rotary, *, interpret: bool = False):
-    """Attention over the frames at every place, with q and k raw: arrays [..., t, k, e] → [..., t, k, e].
+    """Attention over the frames at every place, with q and k raw: arrays [..., t, k·e] → [..., t, k·e].
 
     q_weight, k_weight: of the norms, [e]; rotary: (cosine, sine) [t, e/2] of `layers.rotary_tables`; e must be a multiple of 128.
-    Differentiable in all but the tables.
+    Differentiable in all but the tables. Heads lie side by side in the last axis: as an axis of their own, 9 of them would be padded
+    to 16, and the compiler would copy every array into the kernel's layout.
     """
-    t, heads, e = q.shape[-3:]
+    e = q_weight.shape[-1]
     cos, sin = (jnp.repeat(x.astype(jnp.float32), 2, -1) for x in rotary)
     sin = sin * jnp.where(jnp.arange(e) % 2 == 0, -1.0, 1.0)  # x₀ takes -sin of x₁, x₁ takes sin of x₀
-    flat = [x.reshape(-1, t, heads * e) for x in (q, k, v)]
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (q, k, v)]
     weights = tuple(w.astype(jnp.float32)[None] for w in (q_weight, k_weight))
     return _fused(*flat, weights, (cos, sin), interpret).reshape(q.shape)
+
+
+def attend_fused(q, k, v, q_weight, k_weight, rotary, axes):
+    """`fused_attention` on every device's own part; axes: logical names of the arrays' axes [b, v, n, t, k·e], of which t is whole."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return fused_attention(q, k, v, q_weight, k_weight, rotary)
+    partition, whole = spec(*axes), P()
+    # Not checked for replication: the kernel's outputs carry none of the types that the check reads.
+    local = jax.shard_map(
+        fused_attention, in_specs=(*(partition,) * 3, whole, whole, (whole, whole)), out_specs=partition, check_vma=False
+    )  # fmt: skip
+    return local(q, k, v, q_weight, k_weight, rotary)
