@@ -55,7 +55,12 @@ def get_config() -> ConfigDict:
     c.model.ray_rotary = False  # viewing directions as rotary embedding in spatial attention (ours; published weights have none)
     c.model.precondition = "none"  # none | motion (mila_jax/model/precondition.py)
     c.model.dtype = "bfloat16"
-    c.model.remat = "block"
+    c.model.remat = "block"  # none | dots+attention | dots | attention+mlp | attention | block | offload (mila_jax/model/remat.py)
+
+    # How attention is computed, and what is split over `mesh.context` (mila_jax/parallel/logical.py).
+    c.attention = ConfigDict()
+    c.attention.kernel = "xla"  # xla | splash (spatial attention by TPU's splash kernel; elsewhere the same by XLA)
+    c.attention.parallel = "context"  # none | context | heads | kv_gather
 
     # A window and its noise (method.md: TPD, JDC). Training and generation share these.
     c.window = ConfigDict()
@@ -105,10 +110,19 @@ def get_config() -> ConfigDict:
     c.generate.temperature = 1.0  # scale of the noise that frames start from; below 1: calmer pictures, less variety
     c.generate.decode_batch = 24  # images at a time
 
+    # What `mila plan` takes a data set to be, so that it needs none. Every other command reads these from the data.
+    c.plan = ConfigDict()
+    c.plan.compression = 8  # pixels per latent along rows and columns
+    c.plan.latent_channels = 8
+    c.plan.text_width = 384  # channels of a text token
+    c.plan.sample_batch = 1  # videos at a time in the sampling step
+
     # Devices: sizes of the mesh axes; -1 = all that are left.
     c.mesh = ConfigDict()
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.context = 1
     c.mesh.tensor = 1
+    c.mesh.dcn_data = -1  # slices, all along mesh.data; -1 = as many as the devices lie in
+    c.mesh.rules = ConfigDict()  # logical axis → mesh axis, tuple or None; laid over the table in mila_jax/parallel/logical.py
     return c

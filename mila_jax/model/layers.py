@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mila_jax.model.remat import HIDDEN, keep
+from mila_jax.parallel.logical import constrain
+
 
 def xavier(key, shape):
     """Glorot-uniform for a matrix [fan_in, fan_out], as the published model initialises every linear layer."""
@@ -67,8 +70,12 @@ class MLP(nnx.Module):
         self.fc2 = Linear(hidden, outputs, ("mlp", "embed"), rngs=rngs, init=last)
         self.activation = activation
 
-    def __call__(self, x):
-        return self.fc2(self.activation(self.fc1(x)))
+    def __call__(self, x, axes=None):
+        """x [..., inputs] → [..., outputs]; axes: logical axes of x, to state how the hidden layer is split (None: not stated)."""
+        hidden = self.fc1(x)
+        if axes is not None:
+            hidden = keep(constrain(hidden, *axes[:-1], "mlp"), HIDDEN)
+        return self.fc2(self.activation(hidden))
 
 
 def gelu_tanh(x):

@@ -10,25 +10,33 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mila_jax.errors import UserError
-from mila_jax.parallel.logical import spec
+from mila_jax.parallel.logical import AXES, mesh_axes, spec
+from mila_jax.parallel.placement import arrange
 
-AXES = ("data", "fsdp", "context", "tensor")
 
-
-def make_mesh(sizes, devices=None) -> Mesh:
-    """Mesh over all devices (or `devices`) with the axis sizes of the config's `mesh` section; at most one of them -1 = the rest.
+def axis_sizes(sizes, count: int) -> dict[str, int]:
+    """Sizes of the mesh axes over `count` devices, from the config's `mesh` section; at most one of them is -1 = the rest.
 
     Raises `UserError` naming the keys when the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     shape = [int(sizes[a]) for a in AXES]
     if shape.count(-1) > 1 or any(s < 1 and s != -1 for s in shape):
         raise UserError(f"mesh sizes {dict(zip(AXES, shape))}: at most one of mesh.data … mesh.tensor may be -1, the others positive")
     fixed = math.prod(s for s in shape if s != -1)
-    if len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
-        raise UserError(f"mesh sizes {dict(zip(AXES, shape))} do not fit {len(devices)} devices; change mesh.data, .fsdp, .context or .tensor")
-    shape = [len(devices) // fixed if s == -1 else s for s in shape]
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if count % fixed or (-1 not in shape and fixed != count):
+        raise UserError(f"mesh sizes {dict(zip(AXES, shape))} do not fit {count} devices; change mesh.data, .fsdp, .context or .tensor")
+    return {axis: count // fixed if s == -1 else s for axis, s in zip(AXES, shape)}
+
+
+def make_mesh(sizes, devices=None) -> Mesh:
+    """Mesh over all devices (or `devices`, which may be those of a topology) with the axis sizes of the config's `mesh` section.
+
+    `mesh.dcn_data` slices (-1 = as many as there are) lie along the axis data, which is the only one whose collectives then leave
+    a slice. Raises `UserError` as `axis_sizes` and `placement.arrange` do.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = axis_sizes(sizes, len(devices))
+    return Mesh(arrange(tuple(shape.values()), devices, sizes.get("dcn_data", -1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -52,14 +60,21 @@ def parameter_shardings(mesh: Mesh, params):
 
 
 def check_divides(mesh: Mesh, batch: int, heads: int, width: int, frames: int, tokens: int) -> None:
-    """Raises `UserError` with the key to change when a size does not divide by the mesh axis that splits it."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    for size, key, parts, axis in (
-        (batch, "train.batch", shards, "mesh.data·mesh.fsdp"),
-        (width, "model.width", mesh.shape["fsdp"], "mesh.fsdp"),
-        (heads, "model.heads", mesh.shape["tensor"], "mesh.tensor"),
-        (frames, "window.frames", mesh.shape["context"], "mesh.context"),
-        (tokens, "tokens of a view (data.image_size / compression / model.patch)", mesh.shape["context"], "mesh.context"),
+    """Raises `UserError` with the key to change when a size does not divide by the mesh axes that the rules in force split it over.
+
+    frames: of a window; tokens: patches of one view of one frame.
+    """
+    for size, key, names in (
+        (batch, "train.batch", ("batch",)),
+        (width, "model.width", ("embed", "mlp")),
+        (heads, "model.heads", ("heads", "temporal_heads")),
+        (frames, "window.frames", ("frames", "temporal_frames", "query_frames", "key_frames")),
+        (tokens, "tokens of a view (data.image_size / compression / model.patch)", ("places",)),
     ):
-        if size % parts:
-            raise UserError(f"{key}={size} is not a multiple of {axis}={parts}; change one of them")
+        for name in names:
+            axes = mesh_axes(name)
+            parts = math.prod(mesh.shape[a] for a in axes)
+            if size % parts:
+                raise UserError(f"{key}={size} is not a multiple of {'·'.join('mesh.' + a for a in axes)}={parts} ({name}); change one of them")
+    if mesh.shape["context"] > 1 and not any("context" in mesh_axes(name) for name in ("batch", "frames", "places", "temporal_frames")):
+        raise UserError(f"mesh.context={mesh.shape['context']} would be left unused by attention.parallel=none; set mesh.context=1 or another mode")

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from mila_jax.errors import UserError
 from mila_jax.model.autoencoder import AutoencoderConfig, abstract_autoencoder, make_autoencoder
 from mila_jax.model.autoencoder_weights import file_sha256, from_pixels, load_autoencoder, save_autoencoder, to_pixels
+from mila_jax.runtime import setup
 from mila_jax.train.autoencoder_state import read_metrics, restore_state, save_state
 
 EMBEDDED = AutoencoderConfig(block_out_channels=(64, 128), layers_per_block=1, latent_channels=8, norm_num_groups=8, pixel_unshuffle=4)
@@ -307,4 +308,5 @@ def _train_from(args) -> Path:
 
 
 if __name__ == "__main__":
+    setup()
     main()
