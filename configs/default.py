@@ -104,6 +104,13 @@ def get_config() -> ConfigDict:
     c.generate.temperature = 1.0  # scale of the noise that frames start from; below 1: calmer pictures, less variety
     c.generate.decode_batch = 24  # images at a time
 
+    # What `mila plan` takes a data set to be, so that it needs none. Every other command reads these from the data.
+    c.plan = ConfigDict()
+    c.plan.compression = 8  # pixels per latent along rows and columns
+    c.plan.latent_channels = 8
+    c.plan.text_width = 384  # channels of a text token
+    c.plan.sample_batch = 1  # videos at a time in the sampling step
+
     # Devices: sizes of the mesh axes; -1 = all that are left.
     c.mesh = ConfigDict()
     c.mesh.data = -1

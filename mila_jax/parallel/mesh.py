@@ -15,20 +15,25 @@ from mila_jax.parallel.logical import spec
 AXES = ("data", "fsdp", "context", "tensor")
 
 
-def make_mesh(sizes, devices=None) -> Mesh:
-    """Mesh over all devices (or `devices`) with the axis sizes of the config's `mesh` section; at most one of them -1 = the rest.
+def axis_sizes(sizes, count: int) -> dict[str, int]:
+    """Sizes of the mesh axes over `count` devices, from the config's `mesh` section; at most one of them is -1 = the rest.
 
     Raises `UserError` naming the keys when the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     shape = [int(sizes[a]) for a in AXES]
     if shape.count(-1) > 1 or any(s < 1 and s != -1 for s in shape):
         raise UserError(f"mesh sizes {dict(zip(AXES, shape))}: at most one of mesh.data … mesh.tensor may be -1, the others positive")
     fixed = math.prod(s for s in shape if s != -1)
-    if len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
-        raise UserError(f"mesh sizes {dict(zip(AXES, shape))} do not fit {len(devices)} devices; change mesh.data, .fsdp, .context or .tensor")
-    shape = [len(devices) // fixed if s == -1 else s for s in shape]
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if count % fixed or (-1 not in shape and fixed != count):
+        raise UserError(f"mesh sizes {dict(zip(AXES, shape))} do not fit {count} devices; change mesh.data, .fsdp, .context or .tensor")
+    return {axis: count // fixed if s == -1 else s for axis, s in zip(AXES, shape)}
+
+
+def make_mesh(sizes, devices=None) -> Mesh:
+    """Mesh over all devices (or `devices`) with the axis sizes of the config's `mesh` section; see `axis_sizes`."""
+    devices = jax.devices() if devices is None else devices
+    shape = axis_sizes(sizes, len(devices))
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
