@@ -6,9 +6,8 @@ from mila_jax.errors import UserError
 from mila_jax.flow.guidance import guidance_weights
 from mila_jax.model.dit import DiTConfig
 from mila_jax.model.weights import model_config
+from mila_jax.parallel.aot.options import STEPS
 from mila_jax.parallel.mesh import axis_sizes, check_divides
-
-STEPS = ("train", "sample")
 
 
 @dataclasses.dataclass(frozen=True)
