@@ -103,7 +103,7 @@ def figures(found: Walk, chip: Chip, model_flops: float, full: bool) -> dict:
     network = total(lambda r: r.collective.seconds if r.collective else 0.0)
     hidden = total(lambda r: r.collective.seconds if r.collective and r.collective.asynchronous else 0.0)
     hbm = total(lambda r: r.read + r.written)
-    best = max(total(lambda r: roofline_seconds(r, chip)), hbm / chip.hbm_bandwidth)
+    best = max(total(lambda r: roofline_seconds(r, chip)), hbm / chip.hbm_bandwidth, 1e-12)  # never 0, whatever the program
     worst = max(total(lambda r: pessimistic_seconds(r, chip, full)), best)
     ideal = model_flops / chip.peak
     warnings = []

@@ -35,6 +35,8 @@ class Sizes:
 
 def data_description(config) -> dict:
     """The sizes of a data set that `mila prepare` would make with this config (section `plan` for what only files know)."""
+    if len(config.data.image_size) != 2:
+        raise UserError(f"data.image_size={tuple(config.data.image_size)} must be (height, width), e.g. --config.data.image_size='(256, 448)'")
     height, width = config.data.image_size
     by = config.plan.compression
     for key in ("compression", "latent_channels", "text_width", "sample_batch"):

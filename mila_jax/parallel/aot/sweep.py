@@ -38,7 +38,9 @@ def parse_sweep(text: str | None) -> list[dict[str, str]]:
 
 def changed(file: str, overrides: list[str], changes: dict[str, str]):
     """The config of `file` with the command line's overrides and a layout's changes on top; `UserError` for unknown keys and wrong types."""
-    return load_config(file, [*overrides, *(f"--config.{key}={value}" for key, value in changes.items())])
+    # A tuple given twice would be appended to itself, so what a layout changes replaces what the command line says.
+    kept = [o for o in overrides if o.partition("=")[0].removeprefix("--config.") not in changes]
+    return load_config(file, [*kept, *(f"--config.{key}={value}" for key, value in changes.items())])
 
 
 def plain(value: str):
