@@ -1,5 +1,6 @@
 """Shared fixtures: recorded numbers of the original code, and a small encoded data set with a small model."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -16,6 +17,14 @@ _cache = pathlib.Path(os.environ.get("MILA_TEST_CACHE", pathlib.Path.home() / ".
 _cache.mkdir(parents=True, exist_ok=True)
 jax.config.update("jax_compilation_cache_dir", str(_cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked tpu_backend compile for TPUs ahead of time: they are skipped where the compiler is not installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        for item in items:
+            if item.get_closest_marker("tpu_backend"):
+                item.add_marker(pytest.mark.skip(reason="libtpu is not installed: pip install 'jax[tpu]' (no TPU is needed)"))
 
 
 @pytest.fixture(scope="session")
