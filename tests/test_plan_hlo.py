@@ -229,7 +229,9 @@ def test_a_collective_spread_over_fusions_counts_once():
 KERNELS = """  %q = bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)} parameter(0)
   %k = bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)} parameter(1)
   %v = bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)} parameter(2)
-  %splash_mha_fwd.1 = (bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)}, f32[7,9,2688]{2,1,0:T(8,128)}) custom-call(%q, %k, %v), custom_call_target="tpu_custom_call"
+  %splash_mha_fwd.1 = (bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)}, f32[7,9,2688]{2,1,0:T(8,128)}) custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block_q": 896
+}}, metadata={op_name="jit(f)/splash"}
   %o = bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)} get-tuple-element(%splash_mha_fwd.1), index=0
   ROOT %splash_mha_dkv.1 = (bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)}, bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)}, bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)}) custom-call(%q, %k, %v, %o), custom_call_target="tpu_custom_call"
 """
@@ -240,6 +242,8 @@ def test_attention_kernels_count_by_their_shapes():
     pairs = 7 * 9 * 2688 * 2688 * 128
     assert (forward.kernel, forward.work.flops) == ("forward", 4 * pairs)
     assert (backward.kernel, backward.work.flops) == ("backward", 10 * pairs)
+    split = rows(KERNELS.replace("bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)}) custom-call(%q, %k, %v, %o)", "f32[7,896,128]{2,1,0:T(8,128)}) custom-call(%q, %k, %v, %o)"))[1]
+    assert (split.kernel, split.work.flops) == ("backward_kv", 8 * pairs)
     narrow = rows(KERNELS.replace("2688,128]", "2688,72]"))[0]
     assert narrow.work.padded == pytest.approx(narrow.work.flops * 128 / 72)
 

@@ -171,18 +171,18 @@ def parse(text: str) -> Module:
     body = re.search(r"^(ENTRY )?%", text, re.M)
     lines = []
     for line in text[body.start() :].split("\n") if body else ():
-        # A long instruction may go on over several lines.
-        starts = line[:1] in ("%", "E", "}") or line.startswith(("  %", "  ROOT "))
+        # An instruction may go on over several lines (kernels bring their settings along), some of which begin with a bracket.
+        starts = line == "}" or line.startswith(("%", "ENTRY ", "  %", "  ROOT "))
         if starts or not lines:
             lines.append(line)
         elif line:
             lines[-1] += " " + line
     for line in lines:
-        if line[:1] in ("%", "E") and line.endswith("{") and "->" in line:
+        if line.startswith(("%", "ENTRY ")) and line.endswith("{") and "->" in line:
             found = _HEADER.match(line)
             current = computations.setdefault(found[2], {})
             entry = found[2] if found[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
         elif current is not None and " = " in line:
             instruction = _instruction(line)

@@ -18,12 +18,17 @@ def custom_call_target(i: Instruction) -> str:
     return found[1] if found else ""
 
 
+def _inputs(i: Instruction, computation: Computation):
+    return [a for a in operand_arrays(i, computation) if a.dtype in ("bf16", "f32") and len(a.dims) >= 3]
+
+
 def kernel_part(i: Instruction, computation: Computation) -> str:
     """Which of `MATMULS` a kernel is, from its name; a kernel for k and v that also returns dq is a fused one."""
     name = f"{i.name} {i.op_name}".lower()
     if "dkv" in name:
-        large = [a for a in i.out if len(a.dims) >= 3 and a.dims[-1] > 1]
-        return "backward" if "fused" in name or len(large) >= 3 else "backward_kv"
+        # Results of the rank of q: dk and dv, and dq if the kernel is a fused one; scratch buffers have an axis less.
+        rank = max((len(a.dims) for a in _inputs(i, computation)[:1]), default=3)
+        return "backward" if sum(len(a.dims) >= rank for a in i.out) >= 3 else "backward_kv"
     if "dq" in name:
         return "backward_q"
     if "bwd" in name or "backward" in name:
@@ -36,7 +41,7 @@ def kernel_work(i: Instruction, computation: Computation, unit: int = 128) -> Wo
 
     Nothing if there are no such operands. padded: with the head width filled up to the matrix unit.
     """
-    inputs = [a for a in operand_arrays(i, computation) if a.dtype in ("bf16", "f32") and len(a.dims) >= 3]
+    inputs = _inputs(i, computation)
     if len(inputs) < 2:
         return Work()
     q, k = inputs[0].dims, inputs[1].dims
