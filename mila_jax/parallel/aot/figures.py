@@ -92,7 +92,7 @@ def costliest(rows: list[Row], chip: Chip, cycles: bool) -> list[dict]:
 def figures(found: Walk, chip: Chip, model_flops: float, full: bool) -> dict:
     """The result of one layout, everything for one device and one step. model_flops: of one device.
 
-    Keys: flops, traffic, copies, seconds, mfu, collectives, asynchronous_share, costliest, assumptions, warnings.
+    Keys: flops, traffic, copies, seconds, mfu, collectives, collective_count, costliest, assumptions, warnings.
     """
     rows = found.rows
 
@@ -121,6 +121,9 @@ def figures(found: Walk, chip: Chip, model_flops: float, full: bool) -> dict:
             "roofline_without_collectives": ideal / best, "pessimistic_without_collectives": ideal / worst,
         },
         "collectives": collective_table(rows),
+        "collective_count": {
+            "all": int(total(lambda r: r.collective is not None)), "asynchronous": int(total(lambda r: bool(r.collective and r.collective.asynchronous))),
+        },
         "costliest": costliest(rows, chip, full),
         "assumptions": [*COMMON, PESSIMISTIC[full]],
         "warnings": warnings,

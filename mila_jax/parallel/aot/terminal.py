@@ -57,7 +57,8 @@ def details(result: dict) -> str:
     ]  # fmt: skip
     lines += [f"  ! {warning}" for warning in result["warnings"]] + ([f"  ! {result['reason']}"] if result["reason"] else [])
     if result["collectives"]:
-        lines += ["", "  collectives, per device and step"]
+        n = result["collective_count"]
+        lines += ["", f"  collectives, per device and step: {n['all']}, of which {n['asynchronous']} asynchronous"]
         rows = [("kind", "axis", "devices", "count", "GiB", "ms", "")]
         rows += [
             (e["kind"], e["axis"], e["devices"], e["count"], f"{e['gib']:.3f}", f"{e['ms']:.2f}", "asynchronous" if e["asynchronous"] else "")
