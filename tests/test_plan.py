@@ -171,7 +171,7 @@ def test_sweeps_cross():
 def test_a_sweep_skips_ranks_and_recommends(capsys, compiled, tmp_path):
     compiled.answers += [
         Outcome(PROGRAM, {"peak": 15 * GIB, "source": "test"}, None, 1.0, GIB),  # fits, but leaves no room
-        Outcome(None, {}, "RESOURCE_EXHAUSTED: Ran out of memory on HBM", 1.0, GIB),
+        Outcome(None, {}, "RESOURCE_EXHAUSTED: Ran out of memory on HBM: needs (44.18G) exceeds available (15.75G)", 1.0, GIB),
     ]
     file = tmp_path / "out" / "plan.json"
     code, out, err = run(
@@ -180,6 +180,7 @@ def test_a_sweep_skips_ranks_and_recommends(capsys, compiled, tmp_path):
     results = load_results(file)
     assert code == 0 and len(compiled.asked) == 4
     assert [r["status"] for r in results] == ["planned", "planned", "refused", "refused", "skipped", "skipped"]
+    assert results[2]["hbm"]["peak_gib"] == 44.18 and not results[2]["hbm"]["fits"]
     assert "mesh" in results[4]["reason"] and "Ran out of memory" in results[2]["reason"]
     assert sweep.recommend(results) is not None and "recommended: v5e:2x2 mesh.context=1 model.remat=none" in out
     assert "over 90% of HBM" in out and "skipped (0 s)" in err

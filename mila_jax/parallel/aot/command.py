@@ -62,7 +62,8 @@ def plan_command(options, overrides: list[str]) -> int:
     if len(results) > 1:
         print(overview(results))
         print(f"recommended: {best['topology']} {label(best)}" if best else "no layout fits in 90 % of HBM")
-    print(assumptions(results))
+    if any("assumptions" in r for r in results):
+        print(assumptions(results))
     if options.json:
         _write(options.json, to_json(results))
     if options.html:

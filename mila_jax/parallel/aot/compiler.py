@@ -149,9 +149,9 @@ def _collect(folder: pathlib.Path, returncode: int | None, full: bool, seconds: 
         memory = {"peak": memory_report(dumped[1].read_text()).get("default", 0), "source": "buffer report: sum of the heap, fragments included"}
     if failed:
         return Outcome(None, memory, _first_line(failed["message"]), seconds, arguments)
+    if dumped and not full and returncode in (None, 0):  # the same source whether or not the child finished before it was ended
+        return Outcome(dumped[0].read_text(), memory, None, seconds, arguments)
     if compiled:
         memory = compiled["memory"] | {"source": "peak_memory_in_bytes of the compiled program"}
         return Outcome((folder / "compiled.txt").read_text(), memory, None, seconds, arguments)
-    if dumped and not full and returncode in (None, 0):
-        return Outcome(dumped[0].read_text(), memory, None, seconds, arguments)
     return Outcome(None, memory, failure_line(returncode or 0, (folder / "log").read_text(errors="replace")), seconds, arguments)

@@ -1,6 +1,7 @@
 """One layout: a config, a topology and a step → one result (a dict of plain values, the JSON that `mila plan` writes)."""
 
 import json
+import re
 
 from mila_jax.errors import UserError
 from mila_jax.parallel.aot import cache, hlo
@@ -12,6 +13,7 @@ from mila_jax.parallel.aot.sizes import plan_sizes
 from mila_jax.parallel.aot.walk import walk
 from mila_jax.views import VIEWS
 
+_UNITS = re.compile(r"\(([\d.]+)([KMGT])\) exceeds")  # "… temporaries (44.18G) exceeds available HBM …"
 COMFORTABLE = 0.9  # share of HBM up to which a layout is recommended: a run needs room for the next batch and for saving
 
 
@@ -48,6 +50,10 @@ def plan_layout(config, topology: Topology, step: str, *, name: str = "", change
     if outcome.arguments is not None:
         result["hbm"]["state_and_batch_gib"] = outcome.arguments / GIB
     if outcome.failure:
+        needed = _UNITS.search(outcome.failure)
+        if needed and "peak_gib" not in result["hbm"]:
+            peak = float(needed[1]) * {"K": 2.0**-20, "M": 2.0**-10, "G": 1.0, "T": 2.0**10}[needed[2]]
+            result["hbm"] |= {"peak_gib": peak, "share": peak / limit_gib, "source": "what the compiler refuses"}
         result |= {"status": "refused", "reason": outcome.failure}
         result["hbm"]["fits"] = False
         return result

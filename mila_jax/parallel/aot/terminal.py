@@ -82,4 +82,4 @@ def _short(operation: str) -> str:
 def assumptions(results: list[dict]) -> str:
     """What the figures rest on, said once."""
     said = list(dict.fromkeys(line for r in results for line in r.get("assumptions", ())))
-    return "\n".join(["assumptions:", *(f"  - {line}" for line in said)]) if said else ""
+    return "\n".join(["assumptions:", *(f"  - {line}" for line in said)])
