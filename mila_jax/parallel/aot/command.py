@@ -5,6 +5,8 @@ import os
 import pathlib
 import sys
 
+import jax
+
 from mila_jax.errors import UserError
 from mila_jax.parallel.aot.chips import parse_topology
 from mila_jax.parallel.aot.compiler import require_compiler
@@ -37,6 +39,8 @@ def sharding_rows(config, devices: int) -> list[str]:
 
 def plan_command(options, overrides: list[str]) -> int:
     """Runs `mila plan`; returns 0 if a layout fits, 1 if none does. Raises `UserError` for mistakes and a missing compiler."""
+    # Only shapes are computed here: an accelerator of this machine, which another job may hold, is left alone.
+    jax.config.update("jax_platforms", "cpu")
     topologies = [parse_topology(name) for name in options.topology]
     layouts = parse_sweep(options.sweep)
     if options.table:
