@@ -54,6 +54,20 @@ def pessimistic_seconds(row: Row, chip: Chip, cycles: bool) -> float:
     return max(memory, row.work.padded / chip.peak, vector)
 
 
+def part_of(row: Row) -> str:
+    """What a row's time is spent on: attention kernels, matmuls (with what the compiler merged into them), layout copies, other."""
+    return "attention kernels" if row.kernel else "matmuls" if row.work.flops else "layout copies" if row.copy else "other"
+
+
+def parts(rows: list[Row], chip: Chip, cycles: bool) -> dict:
+    """Milliseconds by `part_of`: {part: {"roofline_ms": …, "pessimistic_ms": …}}."""
+    found = {name: {"roofline_ms": 0.0, "pessimistic_ms": 0.0} for name in ("attention kernels", "matmuls", "layout copies", "other")}
+    for row in rows:
+        found[part_of(row)]["roofline_ms"] += 1e3 * row.times * roofline_seconds(row, chip)
+        found[part_of(row)]["pessimistic_ms"] += 1e3 * row.times * pessimistic_seconds(row, chip, cycles)
+    return found
+
+
 def collective_table(rows: list[Row]) -> list[dict]:
     """One entry for each kind, axis and way, costliest first: executions, GiB a device and modelled milliseconds of a step."""
     total = collections.defaultdict(lambda: [0, 0, 0.0])
@@ -92,7 +106,7 @@ def costliest(rows: list[Row], chip: Chip, cycles: bool) -> list[dict]:
 def figures(found: Walk, chip: Chip, model_flops: float, full: bool) -> dict:
     """The result of one layout, everything for one device and one step. model_flops: of one device.
 
-    Keys: flops, traffic, copies, seconds, mfu, collectives, collective_count, costliest, assumptions, warnings.
+    Keys: flops, traffic, copies, seconds, mfu, parts, collectives, collective_count, costliest, assumptions, warnings.
     """
     rows = found.rows
 
@@ -120,6 +134,7 @@ def figures(found: Walk, chip: Chip, model_flops: float, full: bool) -> dict:
             "roofline": ideal / (best + network), "pessimistic": ideal / (worst + network),
             "roofline_without_collectives": ideal / best, "pessimistic_without_collectives": ideal / worst,
         },
+        "parts": parts(rows, chip, full),
         "collectives": collective_table(rows),
         "collective_count": {
             "all": int(total(lambda r: r.collective is not None)), "asynchronous": int(total(lambda r: bool(r.collective and r.collective.asynchronous))),

@@ -52,6 +52,7 @@ def details(result: dict) -> str:
         f"  traffic  {t['hbm_gib']:.1f} GiB through HBM, of which {t['prefetch_gib']:.1f} prefetched; {c['count']} layout copies, {c['gib']:.2f} GiB",
         f"  time     {1e3 * result['seconds']['roofline']:.1f} ms roofline, {1e3 * result['seconds']['pessimistic']:.1f} ms pessimistic, "
         f"+ {1e3 * result['seconds']['collectives']:.1f} ms collectives ({1e3 * result['seconds']['collectives_asynchronous']:.1f} of them asynchronous)",
+        "           of it " + ", ".join(f"{name} {p['roofline_ms']:.1f} … {p['pessimistic_ms']:.1f} ms" for name, p in result["parts"].items()),
         f"  MFU      {result['mfu']['pessimistic']:.3f} (pessimistic) to {result['mfu']['roofline']:.3f} (roofline), "
         f"without collectives {result['mfu']['pessimistic_without_collectives']:.3f} to {result['mfu']['roofline_without_collectives']:.3f}",
     ]  # fmt: skip
