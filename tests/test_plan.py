@@ -2,7 +2,9 @@
 
 import dataclasses
 import gzip
+import importlib.util
 import json
+import pathlib
 import re
 import signal
 
@@ -259,3 +261,29 @@ def test_pages_show_every_state(tmp_path):
 def test_outcomes_are_plain_values():
     outcome = Outcome(None, {}, "no", 1.0)
     assert Outcome(**json.loads(json.dumps(dataclasses.asdict(outcome)))) == outcome
+
+
+def test_the_readme_table_is_made_from_results(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("plan_table", pathlib.Path(__file__).parents[1] / "scripts" / "plan_table.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for _, arguments in script.LAYOUTS.values():  # what it would ask for is understood
+        topology = parse_topology(next(a.partition("=")[2] for a in arguments if a.startswith("--topology=")))
+        assert topology.devices % 4 == 0 and any(a.startswith("--config=configs/") for a in arguments)
+    planned = {
+        "topology": "v5p:4x4x4", "mesh": {"data": 1, "fsdp": 64}, "hbm": {"peak_gib": 4.5, "limit_gib": 95.74}, "mode": "full", "reason": "",
+        "mfu": {"pessimistic": 0.5, "roofline": 0.73, "roofline_without_collectives": 0.8}, "flops": {"hlo_over_model": 1.03},
+    }  # fmt: skip
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    (tmp_path / "v5p_64.json").write_text(json.dumps(planned))
+    (tmp_path / "another.json").write_text(json.dumps([{k: v for k, v in planned.items() if k not in ("mfu", "flops")} | {"reason": "too large"}]))
+    assert script.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| 64 samples on 64 chips | v5p:4x4x4 | fsdp 64 | 4.5 of 95.74 | 0.50 … 0.73 | 0.80 | 1.030 | full |"
+    assert "too large" in lines[3] and len(lines) == 4
+    (tmp_path / "README.md").write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
+    assert script.main(["--update"]) == 0
+    assert (tmp_path / "README.md").read_text() == f"before\n{script.BEGIN}\n" + "\n".join(lines) + f"\n{script.END}\nafter\n"
+    (tmp_path / "README.md").write_text("no place")
+    assert script.main(["--update"]) == 2
