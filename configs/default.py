@@ -56,6 +56,11 @@ def get_config() -> ConfigDict:
     c.model.dtype = "bfloat16"
     c.model.remat = "block"
 
+    # How attention is computed, and what is split over `mesh.context` (mila_jax/parallel/logical.py).
+    c.attention = ConfigDict()
+    c.attention.kernel = "xla"  # xla | splash (spatial attention by TPU's splash kernel; elsewhere the same by XLA)
+    c.attention.parallel = "context"  # none | context | heads | kv_gather
+
     # A window and its noise (method.md: TPD, JDC). Training and generation share these.
     c.window = ConfigDict()
     c.window.frames = 8  # T, conditioning frames included
@@ -117,4 +122,6 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = 1
     c.mesh.context = 1
     c.mesh.tensor = 1
+    c.mesh.dcn_data = -1  # slices, all along mesh.data; -1 = as many as the devices lie in
+    c.mesh.rules = ConfigDict()  # logical axis → mesh axis, tuple or None; laid over the table in mila_jax/parallel/logical.py
     return c

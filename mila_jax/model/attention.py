@@ -1,9 +1,11 @@
 """Attention: one function for all, and the two modules of a block.
 
 Self-attention of the spatial block runs over all tokens of all views of one frame (eq. (3)): with one view it is exactly the
-base model's. Temporal self-attention runs over the frames at one place of one view.
+base model's. Temporal self-attention runs over the frames at one place of one view. Batch axes are never merged: a merged axis
+of which one factor is split over the mesh has no sharding of its own, and the compiler would gather it.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -11,18 +13,53 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mila_jax.model.layers import Linear, ones, parameter, rms_norm, rotate, xavier, zeros
+from mila_jax.model.splash import attend_splash, device_kind
+from mila_jax.parallel.logical import constrain
 
 
-def attend(q, k, v, mask=None):
+KERNELS = ("xla", "splash")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Logical names of the axes [..., n, k, e] of queries and results, and of keys and values, while attention is computed."""
+
+    queries: tuple
+    keys: tuple
+
+
+SPATIAL = Layout(("batch", "frames", None, "heads", None), ("batch", "frames", None, "heads", None))  # [b, t, v·n, k, e]
+TEMPORAL = Layout(
+    ("batch", None, "places", "query_frames", "temporal_heads", None), ("batch", None, "places", "key_frames", "temporal_heads", None)
+)  # [b, v, n, t, k, e]
+
+
+def attend(q, k, v):
     """Softmax attention over the token axis, softmax in float32.
 
-    q: [b, q, k, e], k and v: [b, s, k, e], mask: [b, s] bool (True = may be seen) or None. Returns [b, q, k, e].
+    q: [..., q, k, e], k and v: [..., s, k, e]. Returns [..., q, k, e].
     """
-    scores = jnp.einsum("bqke,bske->bkqs", q * (1 / math.sqrt(q.shape[-1])), k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None, :], scores, -1e30)
+    scores = jnp.einsum("...qke,...ske->...kqs", q * (1 / math.sqrt(q.shape[-1])), k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkqs,bske->bqke", weights, v)
+    return jnp.einsum("...kqs,...ske->...qke", weights, v)
+
+
+def attend_text(q, k, v, mask=None):
+    """Softmax attention of every token [b, v, t, n] to the text, softmax in float32.
+
+    q: [b, v, t, n, k, e], k and v: [b, l, k, e], mask: [b, l] bool (True = may be seen) or None. Returns [b, v, t, n, k, e].
+    """
+    scores = jnp.einsum("bvtnke,blke->bkvtnl", q * (1 / math.sqrt(q.shape[-1])), k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, None, None, :], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkvtnl,blke->bvtnke", weights, v)
+
+
+def attend_spatially(q, k, v, kernel: str):
+    """Attention over all tokens of a frame; arrays [b, t, v·n, k, e]. kernel: xla | splash (which elsewhere than on TPUs is xla)."""
+    kind = device_kind() if kernel == "splash" else ""
+    return attend_splash(q, k, v, SPATIAL.queries, kind) if kind.startswith("TPU") else attend(q, k, v)
 
 
 class SelfAttention(nnx.Module):
@@ -32,8 +69,9 @@ class SelfAttention(nnx.Module):
     that heads are an axis that can be sharded; it is drawn as one matrix [d, 3d].
     """
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool, rngs: nnx.Rngs, last=xavier):
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, layout: Layout, kernel: str, rngs: nnx.Rngs, last=xavier):
         head = width // heads
+        self.layout, self.kernel = layout, kernel
         self.qkv = parameter(rngs, (width, 3, heads, head), xavier, ("embed", None, "heads", "head_dim"), (width, 3 * width))
         self.qkv_bias = parameter(rngs, (3, heads, head), zeros, (None, "heads", "head_dim"))
         self.q_norm = parameter(rngs, (head,), ones, (None,)) if qk_norm else None
@@ -41,16 +79,18 @@ class SelfAttention(nnx.Module):
         self.proj = Linear(width, width, ("heads", "embed"), rngs=rngs, init=last)
 
     def __call__(self, x, rotary=None):
-        """x [b, n, d] → [b, n, d]; rotary: tables over the n axis or None."""
-        width = x.shape[-1]
-        kernel = self.qkv[...].astype(x.dtype)
-        qkv = x @ kernel.reshape(width, -1) + self.qkv_bias[...].astype(x.dtype).reshape(-1)
-        q, k, v = jnp.moveaxis(qkv.reshape(x.shape[:-1] + kernel.shape[1:]), -3, 0)  # each [b, n, k, e]
+        """x [..., n, d] → [..., n, d], attention over the n axis; rotary: tables over it or None."""
+        # The kernel is contracted as it is stored: reshaping the result instead costs the TPU compiler copies of q, k and v.
+        qkv = jnp.einsum("...d,dmke->m...ke", x, self.qkv[...].astype(x.dtype))
+        q, k, v = (y + bias for y, bias in zip(qkv, self.qkv_bias[...].astype(x.dtype)))  # each [..., n, k, e]
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm[...]), rms_norm(k, self.k_norm[...])
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return self.proj(attend(q, k, v).reshape(x.shape))
+        q, k, v = constrain(q, *self.layout.queries), constrain(k, *self.layout.keys), constrain(v, *self.layout.keys)
+        y = attend_spatially(q, k, v, self.kernel) if self.layout is SPATIAL else attend(q, k, v)
+        y = constrain(y, *self.layout.queries)
+        return self.proj(y.reshape(x.shape))
 
 
 class CrossAttention(nnx.Module):
@@ -63,11 +103,11 @@ class CrossAttention(nnx.Module):
         self.kv_bias = parameter(rngs, (2, heads, head), zeros, (None, "heads", "head_dim"))
         self.proj = Linear(width, width, ("heads", "embed"), rngs=rngs, init=last)
 
-    def __call__(self, x, text, mask):
-        """x [b, n, d], text [b, l, d], mask [b, l] bool or None → [b, n, d]."""
-        kernel = self.kv[...].astype(x.dtype)
-        heads, head = kernel.shape[2:]
-        kv = text @ kernel.reshape(kernel.shape[0], -1) + self.kv_bias[...].astype(x.dtype).reshape(-1)
-        k, v = jnp.moveaxis(kv.reshape(text.shape[:-1] + (2, heads, head)), -3, 0)
-        q = self.q(x).reshape(x.shape[:-1] + (heads, head))
-        return self.proj(attend(q, k, v, mask).reshape(x.shape))
+    def __call__(self, x, text, mask, axes):
+        """x [b, v, t, n, d] with logical axes `axes`, text [b, l, d], mask [b, l] bool or None → [b, v, t, n, d]."""
+        kv = jnp.einsum("bld,dmke->mblke", text, self.kv[...].astype(x.dtype))
+        k, v = (y + bias for y, bias in zip(kv, self.kv_bias[...].astype(x.dtype)))
+        k, v = (constrain(y, "batch", None, "heads", None) for y in (k, v))
+        q = constrain(self.q(x).reshape(x.shape[:-1] + k.shape[2:]), *axes[:-1], "heads", None)
+        y = constrain(attend_text(q, k, v, mask), *axes[:-1], "heads", None)
+        return self.proj(y.reshape(x.shape))

@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from mila_jax.errors import UserError
-from mila_jax.model.attention import CrossAttention, SelfAttention
+from mila_jax.model.attention import KERNELS, SPATIAL, TEMPORAL, CrossAttention, SelfAttention
 from mila_jax.model.conditions import Conditions
 from mila_jax.parallel.logical import constrain
 from mila_jax.model.layers import (
@@ -44,6 +44,7 @@ class DiTConfig:
     fourier_bands: int = 8
     dtype: str = "float32"  # compute type
     remat: str = "none"  # none | block: recompute each pair of blocks in the backward pass
+    attention_kernel: str = "xla"  # xla | splash, of spatial attention
 
     def check(self) -> None:
         """Raises `UserError` with the config key for sizes that cannot work."""
@@ -58,8 +59,15 @@ class DiTConfig:
             raise UserError(f"model.width/model.heads={self.width // self.heads} must be even (rotary pairs); change model.heads")
         if self.width % 4:
             raise UserError(f"model.width={self.width} must be a multiple of 4 (position table); change model.width")
+        if self.attention_kernel not in KERNELS:
+            raise UserError(f"attention.kernel={self.attention_kernel!r} is unknown; use one of {', '.join(KERNELS)}")
         if self.remat not in ("none", "block"):
             raise UserError(f"model.remat={self.remat!r} is unknown; use none or block")
+
+
+# Logical axes of the stream [b, v, t, n, d] between a block's parts.
+STREAM_SPATIAL = ("batch", None, "frames", None, None)
+STREAM_TEMPORAL = ("batch", None, "temporal_frames", "places", None)
 
 
 class Block(nnx.Module):
@@ -72,31 +80,30 @@ class Block(nnx.Module):
         d, last = config.width, zeros if temporal else xavier  # temporal blocks start as identity, as published
         self.temporal = temporal
         self.table = parameter(rngs, (6, d), normal(d**-0.5), (None, "embed"))
-        self.attn = SelfAttention(d, config.heads, qk_norm=config.qk_norm, rngs=rngs, last=last)
+        layout, kernel = (TEMPORAL, "xla") if temporal else (SPATIAL, config.attention_kernel)
+        self.attn = SelfAttention(d, config.heads, qk_norm=config.qk_norm, layout=layout, kernel=kernel, rngs=rngs, last=last)
         self.cross = CrossAttention(d, config.heads, rngs=rngs, last=last)
         self.mlp = MLP(d, int(d * config.mlp_ratio), d, rngs=rngs, activation=gelu_tanh, last=last, feature_axis="embed")
 
     def __call__(self, x, text, text_mask, mod, rotary):
         """x [b, v, t, n, d], text [b, l, d] → [b, v, t, n, d]."""
-        b, v, t, n, _ = x.shape
-        mod = (mod + self.table[...])[..., None, :, :].astype(x.dtype)  # [b, v, t, 1, 6, d]
+        v, axes = x.shape[1], STREAM_TEMPORAL if self.temporal else STREAM_SPATIAL
+        mod = constrain((mod + self.table[...]).astype(x.dtype), *axes[:3], None, None)[..., None, :, :]  # [b, v, t, 1, 6, d]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (mod[..., i, :] for i in range(6))
-        y = layer_norm(x) * (1 + scale_a) + shift_a
-        # Frames are independent in spatial attention, places in temporal attention: each splits over `context` its own way, and
-        # the compiler's all-to-alls between the two are the whole price.
+        # Frames are independent in spatial attention, places in temporal attention: what is split over `context` where, and so
+        # which collectives lie between the two, is the mode's rules (parallel/logical.py). Everything between two matrices is
+        # stated, since a statement holds for the gradient too: left to itself, the compiler moves MLP activations and attention
+        # weights between devices in the backward pass instead of gathering the kernels (tests/test_parallel_modes.py counts).
+        x = constrain(x, *axes)
+        y = constrain(layer_norm(x) * (1 + scale_a) + shift_a, *axes)
         if self.temporal:
-            y = constrain(y, "batch", None, None, "places", None)
-            y = self.attn(rearrange(y, "b v t n d -> (b v n) t d"), rotary)
-            y = rearrange(y, "(b v n) t d -> b v t n d", b=b, v=v)
+            y = rearrange(self.attn(rearrange(y, "b v t n d -> b v n t d"), rotary), "b v n t d -> b v t n d")
         else:
-            y = constrain(y, "batch", None, "frames", None, None)
-            y = self.attn(rearrange(y, "b v t n d -> (b t) (v n) d"))
-            y = rearrange(y, "(b t) (v n) d -> b v t n d", b=b, v=v)
-        x = constrain(x + gate_a * y, "batch", None, None if self.temporal else "frames", "places" if self.temporal else None, None)
-        y = self.cross(x.reshape(b, v * t * n, -1), text, text_mask)
-        x = x + y.reshape(x.shape)
-        y = layer_norm(x) * (1 + scale_m) + shift_m
-        return x + gate_m * self.mlp(y)
+            y = rearrange(self.attn(rearrange(y, "b v t n d -> b t (v n) d")), "b t (v n) d -> b v t n d", v=v)
+        x = constrain(x + gate_a * constrain(y, *axes), *axes)
+        x = constrain(x + self.cross(x, text, text_mask, axes), *axes)
+        y = constrain(layer_norm(x) * (1 + scale_m) + shift_m, *axes)
+        return constrain(x + gate_m * constrain(self.mlp(y, axes), *axes), *axes)
 
 
 class Pair(nnx.Module):
@@ -189,19 +196,20 @@ class DiT(nnx.Module):
         pad = [(0, 0), (0, 0), (0, -t % pt), (0, -h % ph), (0, -w % pw), (0, 0)]
         x = rearrange(jnp.pad(x, pad), "b v (t pt) (h ph) (w pw) c -> b v t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
         rows, columns = x.shape[3:5]
+        per_frame = ("batch", None, None, None)  # embeddings [b, v, t, d] are small: whole, so that both kinds of block find theirs
         # Stated at both ends of the network: left to itself, the CPU partitioner drops part of the sum over `context` in the
         # gradients of the first and the last kernel (jax 0.10; tests/test_train.py compares meshes).
-        x = constrain(rearrange(x.astype(dtype), "b v t h w p -> b v t (h w) p"), "batch", None, "frames", None, None)
-        x = constrain(self.patch(x), "batch", None, "frames", None, None)
+        x = constrain(rearrange(x.astype(dtype), "b v t h w p -> b v t (h w) p"), *STREAM_SPATIAL)
+        x = constrain(self.patch(x), *STREAM_SPATIAL)
         x = x + position_table(rows, columns, cfg.width, cfg.image_size, cfg.input_sq_size).astype(dtype)
         if self.conditions is not None:
-            x = x + self.conditions(conditions, dtype)[:, :, ::pt, None, :]
+            x = x + constrain(self.conditions(conditions, dtype), *per_frame)[:, :, ::pt, None, :]
 
         fps = self.fps(time_table(conditions.fps))[:, None, None]  # [b, 1, 1, d]
-        time = self.time(time_table(timesteps[:, :, ::pt])) + fps  # [b, v, t, d], float32
-        mod = self.modulation(nnx.silu(time).astype(dtype))
+        time = constrain(self.time(time_table(timesteps[:, :, ::pt])) + fps, *per_frame)  # [b, v, t, d], float32
+        mod = constrain(self.modulation(nnx.silu(time).astype(dtype)), *per_frame)
         mod = mod.reshape(mod.shape[:-1] + (6, cfg.width))
-        text = self.text(conditions.text, conditions.drop_text, dtype)
+        text = constrain(self.text(conditions.text, conditions.drop_text, dtype), "batch", None, None)
         rotary = rotary_tables(x.shape[2], cfg.width // cfg.heads)
 
         def body(x, pair):
@@ -214,7 +222,7 @@ class DiT(nnx.Module):
         shift = (self.final_table[0] + time)[..., None, :]  # no activation, no linear map here, as published
         scale = (self.final_table[1] + time)[..., None, :]
         x = layer_norm(x).astype(jnp.float32) * (1 + scale) + shift
-        x = constrain(x.astype(dtype), "batch", None, "frames", None, None)
-        x = constrain(self.final(x), "batch", None, "frames", None, None).astype(jnp.float32)
+        x = constrain(x.astype(dtype), *STREAM_SPATIAL)
+        x = constrain(self.final(x), *STREAM_SPATIAL).astype(jnp.float32)
         x = rearrange(x, "b v t (h w) (pt ph pw c) -> b v (t pt) (h ph) (w pw) c", h=rows, w=columns, pt=pt, ph=ph, pw=pw)
         return x[:, :, :t, :h, :w]

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mila_jax.parallel.logical import constrain
+
 
 def xavier(key, shape):
     """Glorot-uniform for a matrix [fan_in, fan_out], as the published model initialises every linear layer."""
@@ -67,8 +69,12 @@ class MLP(nnx.Module):
         self.fc2 = Linear(hidden, outputs, ("mlp", "embed"), rngs=rngs, init=last)
         self.activation = activation
 
-    def __call__(self, x):
-        return self.fc2(self.activation(self.fc1(x)))
+    def __call__(self, x, axes=None):
+        """x [..., inputs] → [..., outputs]; axes: logical axes of x, to state how the hidden layer is split (None: not stated)."""
+        hidden = self.fc1(x)
+        if axes is not None:
+            hidden = constrain(hidden, *axes[:-1], "mlp")
+        return self.fc2(self.activation(hidden))
 
 
 def gelu_tanh(x):

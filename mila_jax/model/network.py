@@ -10,10 +10,10 @@ from mila_jax.model.precondition import preconditioned
 PRECONDITIONS = ("none", "temporal")
 
 
-def dit_config(model, latent_channels: int, image_size, text_width: int, text_length: int) -> DiTConfig:
+def dit_config(model, latent_channels: int, image_size, text_width: int, text_length: int, attention=None) -> DiTConfig:
     """`DiTConfig` of a config's `model` section for latents of `latent_channels`.
 
-    image_size: (height, width) in pixels. Raises `UserError` naming the key of a value that cannot work.
+    image_size: (height, width) in pixels; attention: the config's section of that name (older files have none). Raises `UserError` naming the key of a value that cannot work.
     """
     if model.precondition not in PRECONDITIONS:
         raise UserError(f"model.precondition={model.precondition!r} is unknown; use one of {', '.join(PRECONDITIONS)}")
@@ -23,6 +23,7 @@ def dit_config(model, latent_channels: int, image_size, text_width: int, text_le
         text_width=text_width, text_length=text_length, mlp_ratio=model.mlp_ratio, image_size=tuple(image_size),
         input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
         fourier_bands=model.fourier_bands, dtype=model.dtype, remat=model.remat,
+        attention_kernel=(attention or {}).get("kernel", "xla"),
     )  # fmt: skip
     config.check()
     return config

@@ -7,6 +7,7 @@ published block is row i of each stacked array. The embeddings that MiLA adds ar
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -54,7 +55,9 @@ def _table(config: DiTConfig) -> list[_Entry]:
     out = [patch_kernel, *_plain(("patch", "bias"), "x_embedder.proj.bias")]
     out += _mlp(("time",), "t_embedder.mlp", 0, 2) + _mlp(("fps",), "fps_embedder.mlp", 0, 2)
     out += _linear(("modulation",), "t_block.1")
-    out += _plain(("text", "null"), "y_embedder.y_embedding") + _mlp(("text", "proj"), "y_embedder.y_proj", "fc1", "fc2")
+    # The null text has a row for every token that the base model may see; a model with shorter texts takes the first ones.
+    out.append(_Entry(("text", "null"), "y_embedder.y_embedding", lambda a, s: a[: s[0]], lambda a: a))
+    out += _mlp(("text", "proj"), "y_embedder.y_proj", "fc1", "fc2")
     out += _plain(("final_table",), "final_layer.scale_shift_table") + _linear(("final",), "final_layer.linear")
     for kind in ("spatial", "temporal"):
         p, q = ("pairs", kind), kind + "_blocks.{i}"
@@ -71,9 +74,22 @@ def _table(config: DiTConfig) -> list[_Entry]:
 IGNORED = ("rope.freqs", "pos_embed.inv_freq")
 
 
-def load(params: nnx.State, config: DiTConfig, state_dict, *, source: str = "state dict") -> nnx.State:
+def published_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the published state dict of a model of these sizes, without `rope.freqs`. Nothing is allocated."""
+    flat = dict(nnx.to_flat_state(abstract_parameters(config)))
+    out = {}
+    for entry in _table(config):
+        array = flat[entry.ours]
+        stacked = "{i}" in entry.published
+        shape = jax.eval_shape(entry.to_published, jax.ShapeDtypeStruct(array.shape[stacked:], array.dtype)).shape
+        out |= {entry.published.format(i=i): shape for i in range(config.depth if stacked else 1)}
+    return out
+
+
+def load(params: nnx.State, config: DiTConfig, state_dict, *, source: str = "state dict", dtype=np.float32) -> nnx.State:
     """`params` of a `DiT(config)` with the values of a published state dict (name → array).
 
+    `params` may hold shapes only (`abstract_parameters`) where the new embeddings are off; `dtype`: of the result's parameters.
     Raises `UserError` naming `source` and the tensor that is missing, misshapen, or not known.
     """
     flat = {path: value for path, value in nnx.to_flat_state(params)}
@@ -83,21 +99,21 @@ def load(params: nnx.State, config: DiTConfig, state_dict, *, source: str = "sta
     def take(name, entry, shape):
         if name not in state_dict:
             missing.append(name)
-            return np.zeros(shape, np.float32)
+            return np.zeros(shape, dtype)
         left.discard(name)
-        array = np.asarray(state_dict[name], np.float32)
+        array = np.asarray(state_dict[name], dtype)
         try:
             array = entry.to_ours(array, shape)
         except ValueError:
             pass
         if array.shape != tuple(shape):
             wrong.append(f"{name} {np.shape(state_dict[name])}")
-            return np.zeros(shape, np.float32)
+            return np.zeros(shape, dtype)
         return array
 
     for entry in _table(config):
         variable = flat[entry.ours]
-        shape = variable[...].shape
+        shape = variable.shape
         if "{i}" in entry.published:
             value = np.stack([take(entry.published.format(i=i), entry, shape[1:]) for i in range(config.depth)])
         else:
@@ -120,6 +136,12 @@ def save(params: nnx.State, config: DiTConfig) -> dict[str, np.ndarray]:
         else:
             out[entry.published] = entry.to_published(value)
     return out
+
+
+def abstract_parameters(config: DiTConfig) -> nnx.State:
+    """The parameter tree of a `DiT` with shapes in place of values."""
+    with nnx.use_eager_sharding(False):
+        return jax.eval_shape(lambda: nnx.state(DiT(config, rngs=nnx.Rngs(0))))
 
 
 def create(config: DiTConfig, seed: int = 0):

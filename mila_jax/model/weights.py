@@ -48,7 +48,7 @@ class WorldModel:
 def model_config(config, data: dict) -> DiTConfig:
     """Sizes of the network for a config and a data description (`latent_shape`, `image_size`, `text_shape`)."""
     length, width = data["text_shape"]
-    return dit_config(config.model, data["latent_shape"][-1], data["image_size"], width, length)
+    return dit_config(config.model, data["latent_shape"][-1], data["image_size"], width, length, config.get("attention"))
 
 
 def save_model(path, params: nnx.State, config, data: dict, covariance, card: dict) -> None:

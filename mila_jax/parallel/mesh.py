@@ -10,9 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mila_jax.errors import UserError
-from mila_jax.parallel.logical import spec
-
-AXES = ("data", "fsdp", "context", "tensor")
+from mila_jax.parallel.logical import AXES, mesh_axes, spec
+from mila_jax.parallel.placement import arrange
 
 
 def axis_sizes(sizes, count: int) -> dict[str, int]:
@@ -30,10 +29,14 @@ def axis_sizes(sizes, count: int) -> dict[str, int]:
 
 
 def make_mesh(sizes, devices=None) -> Mesh:
-    """Mesh over all devices (or `devices`) with the axis sizes of the config's `mesh` section; see `axis_sizes`."""
+    """Mesh over all devices (or `devices`, which may be those of a topology) with the axis sizes of the config's `mesh` section.
+
+    `mesh.dcn_data` slices (-1 = as many as there are) lie along the axis data, which is the only one whose collectives then leave
+    a slice. Raises `UserError` as `axis_sizes` and `placement.arrange` do.
+    """
     devices = jax.devices() if devices is None else devices
     shape = axis_sizes(sizes, len(devices))
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(arrange(tuple(shape.values()), devices, sizes.get("dcn_data", -1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -57,14 +60,21 @@ def parameter_shardings(mesh: Mesh, params):
 
 
 def check_divides(mesh: Mesh, batch: int, heads: int, width: int, frames: int, tokens: int) -> None:
-    """Raises `UserError` with the key to change when a size does not divide by the mesh axis that splits it."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    for size, key, parts, axis in (
-        (batch, "train.batch", shards, "mesh.data·mesh.fsdp"),
-        (width, "model.width", mesh.shape["fsdp"], "mesh.fsdp"),
-        (heads, "model.heads", mesh.shape["tensor"], "mesh.tensor"),
-        (frames, "window.frames", mesh.shape["context"], "mesh.context"),
-        (tokens, "tokens of a view (data.image_size / compression / model.patch)", mesh.shape["context"], "mesh.context"),
+    """Raises `UserError` with the key to change when a size does not divide by the mesh axes that the rules in force split it over.
+
+    frames: of a window; tokens: patches of one view of one frame.
+    """
+    for size, key, names in (
+        (batch, "train.batch", ("batch",)),
+        (width, "model.width", ("embed", "mlp")),
+        (heads, "model.heads", ("heads", "temporal_heads")),
+        (frames, "window.frames", ("frames", "temporal_frames", "query_frames", "key_frames")),
+        (tokens, "tokens of a view (data.image_size / compression / model.patch)", ("places",)),
     ):
-        if size % parts:
-            raise UserError(f"{key}={size} is not a multiple of {axis}={parts}; change one of them")
+        for name in names:
+            axes = mesh_axes(name)
+            parts = math.prod(mesh.shape[a] for a in axes)
+            if size % parts:
+                raise UserError(f"{key}={size} is not a multiple of {'·'.join('mesh.' + a for a in axes)}={parts} ({name}); change one of them")
+    if mesh.shape["context"] > 1 and not any("context" in mesh_axes(name) for name in ("batch", "frames", "places", "temporal_frames")):
+        raise UserError(f"mesh.context={mesh.shape['context']} would be left unused by attention.parallel=none; set mesh.context=1 or another mode")

@@ -22,6 +22,7 @@ from mila_jax.errors import UserError
 from mila_jax.model.precondition import fit_covariance
 from mila_jax.model.stdit3_weights import create
 from mila_jax.model.weights import load_model, merge_parameters, model_config, save_model
+from mila_jax.parallel.logical import rules_from_config, use_rules, with_rules
 from mila_jax.parallel.mesh import batch_sharding, check_divides, make_mesh
 from mila_jax.prepare import describe_data
 from mila_jax.train import step as step_module
@@ -95,16 +96,19 @@ class Trainer:
         self.train_source = ClipSource(config.data.dir, "train", specs, shares)
         self.data = describe_data(config.data.dir)
         self.dit = model_config(config, self.data)
-        self.mesh = make_mesh(config.mesh, devices)
+        self.mesh, self.rules = make_mesh(config.mesh, devices), rules_from_config(config)
         tokens = -(-self.data["latent_shape"][0] // self.dit.patch[1]) * -(-self.data["latent_shape"][1] // self.dit.patch[2])
-        check_divides(self.mesh, config.train.batch, self.dit.heads, self.dit.width, config.window.frames, tokens)
+        with use_rules(**self.rules):
+            check_divides(self.mesh, config.train.batch, self.dit.heads, self.dit.width, config.window.frames, tokens)
+            self.batch_sharding = batch_sharding(self.mesh)
         self.tx = make_optimizer(config.train)
         self.covariance = self._covariance()
         self.graphdef, _ = abstract_model(self.dit)
-        self.shardings = state_shardings(self.mesh, self.dit, self.tx)
+        with use_rules(**self.rules):
+            self.shardings = state_shardings(self.mesh, self.dit, self.tx)
         static = dict(graphdef=self.graphdef, config=self.dit, covariance=self.covariance, objective=self.objective)
-        self.step = step_module.jit_train_step(self.shardings, batch_sharding(self.mesh), tx=self.tx, **static)
-        self._loss = jax.jit(functools.partial(step_module.loss, **static))
+        self.step = step_module.jit_train_step(self.shardings, self.batch_sharding, rules=self.rules, tx=self.tx, **static)
+        self._loss = jax.jit(with_rules(self.rules, functools.partial(step_module.loss, **static)))
         self.key = jax.random.key(config.seed)
 
     def _covariance(self):
@@ -129,7 +133,8 @@ class Trainer:
             self._check_start(start.data)
             given = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(start.params)}
             params = merge_parameters(create(self.dit)[1], given, source=self.config.train.init_from)
-        return create_state(self.mesh, self.dit, self.tx, self.config.seed, params)
+        with use_rules(**self.rules):
+            return create_state(self.mesh, self.dit, self.tx, self.config.seed, params)
 
     def _check_start(self, described: dict) -> None:
         """Weights go on only with the latents that they know; another text encoder is learned anew, and said."""
@@ -152,8 +157,7 @@ class Trainer:
 
     def to_mesh(self, batch):
         """Host arrays (this host's rows) → arrays on the mesh."""
-        sharding = batch_sharding(self.mesh)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch_sharding, np.asarray(x)), batch)
 
     def evaluate(self, params, source) -> dict:
         """Mean loss at ten fixed noise levels on the first `train.eval_batches` batches of `source`."""

@@ -14,6 +14,8 @@ from mila_jax.parallel.aot.layout import to_json
 from mila_jax.parallel.aot.sizes import plan_sizes
 from mila_jax.parallel.aot.sweep import changed, parse_sweep, plan_all, recommend
 from mila_jax.parallel.aot.terminal import assumptions, details, label, overview
+from mila_jax.parallel.mesh import axis_sizes
+from mila_jax.parallel.table import format_table, sharding_table
 
 
 def _write(path: str, text: str) -> None:
@@ -26,17 +28,6 @@ def _write(path: str, text: str) -> None:
         raise UserError(f"cannot write {path} ({error.strerror}); choose another file") from None
 
 
-def sharding_rows(config, devices: int) -> list[str]:
-    """The sharding table of a config: name, shape, logical and physical axes, MiB a device."""
-    try:
-        from mila_jax.parallel.table import sharding_table
-    except ImportError:
-        raise UserError("this version has no sharding table yet; leave out --table") from None
-    sizes = plan_sizes(config, devices, "train")
-    table = sharding_table(sizes.dit, sizes.mesh)
-    return table.splitlines() if isinstance(table, str) else [" | ".join(map(str, row)) for row in table]
-
-
 def plan_command(options, overrides: list[str]) -> int:
     """Runs `mila plan`; returns 0 if a layout fits, 1 if none does. Raises `UserError` for mistakes and a missing compiler."""
     # Only shapes are computed here: an accelerator of this machine, which another job may hold, is left alone.
@@ -46,7 +37,9 @@ def plan_command(options, overrides: list[str]) -> int:
     if options.table:
         for topology in topologies:
             for changes in layouts:
-                print("\n".join(sharding_rows(changed(options.config, overrides, changes), topology.devices)))
+                config = changed(options.config, overrides, changes)
+                sizes = axis_sizes(config.mesh, topology.devices)
+                print(format_table(sharding_table(config, sizes), sizes))
         return 0
     if len(topologies) * len(layouts) == 1:  # a mistake in the sizes is said even where nothing can be compiled
         plan_sizes(changed(options.config, overrides, layouts[0]), topologies[0].devices, options.step)

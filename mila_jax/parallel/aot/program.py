@@ -15,7 +15,7 @@ from mila_jax.generate import generation_velocity
 from mila_jax.model.conditions import Conditions
 from mila_jax.model.precondition import TIME_CONSTANTS
 from mila_jax.parallel.aot.sizes import Sizes
-from mila_jax.parallel.logical import spec
+from mila_jax.parallel.logical import rules_from_config, spec, use_rules, with_rules
 from mila_jax.parallel.mesh import batch_sharding, parameter_shardings, replicated
 from mila_jax.train.optimizer import make_optimizer
 from mila_jax.train.state import TrainState, abstract_model, state_shardings
@@ -64,7 +64,7 @@ def train_program(config, sizes: Sizes, mesh: Mesh) -> Program:
     shardings = state_shardings(mesh, sizes.dit, tx)
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, params, jax.eval_shape(tx.init, params))
     step = jit_train_step(
-        shardings, batch_sharding(mesh), graphdef=graphdef, config=sizes.dit, covariance=_covariance(config),
+        shardings, batch_sharding(mesh), rules=rules_from_config(config), graphdef=graphdef, config=sizes.dit, covariance=_covariance(config),
         objective=Objective.from_config(config), tx=tx,
     )  # fmt: skip
     return Program(step, (_shaped(shapes, shardings), abstract_clip(sizes, batch_sharding(mesh)), _key(mesh)), mesh)
@@ -88,10 +88,11 @@ def sample_program(config, sizes: Sizes, mesh: Mesh) -> Program:
         velocity = generation_velocity(graphdef, params, sizes.dit, covariance, config.generate)
         return sample_window(velocity, window, schedule, conditions)
 
-    step = jax.jit(sample_step, donate_argnums=1, out_shardings=window.sharding)
+    step = jax.jit(with_rules(rules_from_config(config), sample_step), donate_argnums=1, out_shardings=window.sharding)
     return Program(step, (_shaped(params, parameter_shardings(mesh, params)), window, schedule, conditions), mesh)
 
 
 def make_program(config, sizes: Sizes, mesh: Mesh) -> Program:
-    """The program of `sizes.step`."""
-    return (train_program if sizes.step == "train" else sample_program)(config, sizes, mesh)
+    """The program of `sizes.step`, under the config's logical rules."""
+    with use_rules(**rules_from_config(config)):
+        return (train_program if sizes.step == "train" else sample_program)(config, sizes, mesh)

@@ -7,6 +7,7 @@ from mila_jax.flow.guidance import guidance_weights
 from mila_jax.model.dit import DiTConfig
 from mila_jax.model.weights import model_config
 from mila_jax.parallel.aot.options import STEPS
+from mila_jax.parallel.logical import rules_from_config, use_rules
 from mila_jax.parallel.mesh import axis_sizes, check_divides
 
 
@@ -77,5 +78,6 @@ def plan_sizes(config, devices: int, step: str) -> Sizes:
         raise UserError(
             f"plan.sample_batch={batch} × {passes} evaluations (guidance) is not a multiple of mesh.data·mesh.fsdp={shards}; change one of them"
         )
-    check_divides(_Mesh(mesh), batch if step == "train" else shards, dit.heads, dit.width, config.window.frames, sizes.tokens)
+    with use_rules(**rules_from_config(config)):
+        check_divides(_Mesh(mesh), batch if step == "train" else shards, dit.heads, dit.width, config.window.frames, sizes.tokens)
     return sizes
