@@ -52,9 +52,10 @@ def get_config() -> ConfigDict:
     c.model.pred_sigma = False
     c.model.qk_norm = True
     c.model.fourier_bands = 8
-    c.model.precondition = "none"  # none | temporal (mila_jax/model/precondition.py)
+    c.model.ray_rotary = False  # viewing directions as rotary embedding in spatial attention (ours; published weights have none)
+    c.model.precondition = "none"  # none | motion (mila_jax/model/precondition.py)
     c.model.dtype = "bfloat16"
-    c.model.remat = "block"
+    c.model.remat = "block"  # none | dots+attention | dots | attention+mlp | attention | block | offload (mila_jax/model/remat.py)
 
     # How attention is computed, and what is split over `mesh.context` (mila_jax/parallel/logical.py).
     c.attention = ConfigDict()

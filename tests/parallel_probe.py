@@ -24,7 +24,8 @@ from mila_jax.train.state import TrainState, abstract_model, create_state, state
 from mila_jax.train.step import Objective, jit_train_step
 
 CONFIG = DiTConfig(
-    width=32, depth=2, heads=4, in_channels=2, out_channels=2, text_width=6, text_length=3, pred_sigma=False, fourier_bands=2, image_size=(32, 64)
+    width=32, depth=2, heads=4, in_channels=2, out_channels=2, text_width=6, text_length=3, pred_sigma=False, fourier_bands=2, image_size=(32, 64),
+    ray_rotary=True, unroll=1,
 )  # fmt: skip
 SIZES = dict(b=4, v=2, t=4, h=4, w=8)
 OBJECTIVE = Objective("uniform", 0.5, "exponential", 0.5, 0.4, 0.7, 0.75, 0.3, 0.3, 0.99)

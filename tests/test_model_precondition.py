@@ -4,94 +4,130 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mila_jax.model import precondition
-from mila_jax.model.precondition import TIME_CONSTANTS, covariance, fit_covariance, linear_denoiser, preconditioned
+from mila_jax.model.motion import carry
+from mila_jax.model.precondition import SCALES, correlation_basis, covariance, fit_covariance, linear_denoiser, measure_correlations, preconditioned
+from tests.test_model_motion import _rig
 
-WEIGHTS = np.array([[0.05, 0.1, 0.1, 0.3, 0.25, 0.1, 0.1], [0.3, 0.3, 0.1, 0.1, 0.1, 0.05, 0.05]], np.float32)
+TIMES = jnp.asarray([[-1 / 12, 0.0, 1 / 12, 2 / 12, 0.5]])
+WAYPOINTS = jnp.asarray([[[-0.8, 0, 0], [0, 0, 0], [0.8, 0.1, 0.05], [1.7, 0.2, 0.1], [5.0, 0.5, 0.2]]])
+LEVELS = jnp.broadcast_to(jnp.asarray([0.0, 0.0, 0.9, 0.7, 0.3]), (1, 6, 5))
 
 
-def _problem():
-    times = jnp.asarray([[-1 / 12, 0.0, 1 / 12, 2 / 12, 0.5]])
-    levels = jnp.asarray([[[0.0, 0.0, 0.9, 0.7, 0.3], [0.0, 0.0, 1.0, 1.0, 0.2]]])
-    x = jax.random.normal(jax.random.key(0), (1, 2, 5, 2, 3, 1))
-    return x, levels, times
+def _weights():
+    r = np.random.default_rng(0).uniform(0.02, 1, (6, len(SCALES)))
+    return (r / r.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _covariance(view: int) -> np.ndarray:
+    """K by its definition, in float64."""
+    k = np.zeros((5, 5))
+    for w, (tau, length) in zip(_weights()[view].astype(np.float64), SCALES):
+        for i in range(5):
+            for j in range(5):
+                gap, far = abs(float(TIMES[0, i] - TIMES[0, j])), float(jnp.linalg.norm(WAYPOINTS[0, i, :2] - WAYPOINTS[0, j, :2]))
+                k[i, j] += w * (float(i == j) if tau == 0 else np.exp(-gap / tau - far / length))
+    return k
+
+
+def _carried():
+    return jax.random.normal(jax.random.key(0), (1, 6, 5, 5, 2, 3, 1))
 
 
 def test_is_the_conditional_law_of_the_process():
-    y, levels, times = _problem()
-    x, v, std = linear_denoiser(y, levels, times, WEIGHTS)
-    for view in range(2):
-        k = sum(w * np.exp(-np.abs(np.subtract.outer(times[0], times[0])) / tau) for w, tau in zip(WEIGHTS[view], TIME_CONSTANTS))
-        s = np.asarray(levels[0, view], np.float64)
+    z = _carried()
+    x, v, std = linear_denoiser(z, LEVELS, covariance(TIMES, WAYPOINTS, _weights()))
+    for view in range(6):
+        k = _covariance(view)
+        s = np.asarray(LEVELS[0, view], np.float64)
         a = np.diag(1 - s)
         joint = a @ k @ a + np.diag(s**2) + 1e-5 * np.eye(5)
-        data = np.asarray(y[0, view], np.float64).reshape(5, -1)
-        np.testing.assert_allclose(np.asarray(x[0, view]).reshape(5, -1), k @ a @ np.linalg.solve(joint, data), atol=2e-3)
         cross = k @ a - np.diag(s)
-        np.testing.assert_allclose(np.asarray(v[0, view]).reshape(5, -1), cross @ np.linalg.solve(joint, data), atol=2e-3)
+        for i in range(5):  # each frame is estimated from all frames as it sees them
+            data = np.asarray(z[0, view, i], np.float64).reshape(5, -1)
+            np.testing.assert_allclose(np.asarray(x[0, view, i]).reshape(-1), (k @ a @ np.linalg.solve(joint, data))[i], atol=2e-3)
+            np.testing.assert_allclose(np.asarray(v[0, view, i]).reshape(-1), (cross @ np.linalg.solve(joint, data))[i], atol=2e-3)
         variance = np.diag(k + np.eye(5) - cross @ np.linalg.solve(joint, cross.T))
         np.testing.assert_allclose(std[0, view] ** 2, variance, atol=2e-3)
 
 
 def test_clean_frames_are_returned_and_velocity_is_consistent():
-    y, levels, times = _problem()
-    x, v, _ = linear_denoiser(y, levels, times, WEIGHTS)
+    z = _carried()
+    y = jnp.stack([z[:, :, i, i] for i in range(5)], 2)
+    x, v, _ = linear_denoiser(z, LEVELS, covariance(TIMES, WAYPOINTS, _weights()))
     np.testing.assert_allclose(x[:, :, :2], y[:, :, :2], atol=2e-3)
     # x̂ = y + σ v̂ must hold between the two estimates (method.md).
-    np.testing.assert_allclose(y + levels[..., None, None, None] * v, x, atol=2e-3)
+    np.testing.assert_allclose(y + LEVELS[..., None, None, None] * v, x, atol=2e-3)
 
 
 def test_one_independent_frame_is_the_scalar_formula():
-    weights = np.zeros((1, len(TIME_CONSTANTS)), np.float32)
+    weights = np.zeros((1, len(SCALES)), np.float32)
     weights[0, 0] = 1
     s = 0.6
-    y = jnp.full((1, 1, 2, 1, 1, 1), 2.0)
-    _, v, std = linear_denoiser(y, jnp.full((1, 1, 2), s), jnp.asarray([[0.0, 1.0]]), weights)
+    z = jnp.full((1, 1, 2, 2, 1, 1, 1), 2.0)
+    k = covariance(jnp.asarray([[0.0, 1.0]]), jnp.zeros((1, 2, 3)), weights)
+    _, v, std = linear_denoiser(z, jnp.full((1, 1, 2), s), k)
     total = (1 - s) ** 2 + s**2
     np.testing.assert_allclose(v, (1 - 2 * s) / total * 2.0, rtol=1e-3)
     np.testing.assert_allclose(std**2, 2 - (1 - 2 * s) ** 2 / total, rtol=1e-3)
 
 
-def test_wrapper_scales_the_network_and_shows_it_the_estimate():
-    y, levels, times = _problem()
-    seen = {}
+def _conditions():
+    intrinsics, extrinsics = _rig(5)
 
     class FakeConditions:
-        frame_times = times
+        frame_times, waypoints = TIMES, WAYPOINTS
+
+    FakeConditions.intrinsics, FakeConditions.extrinsics = intrinsics, extrinsics
+    return FakeConditions
+
+
+def test_wrapper_scales_the_network_and_shows_it_the_estimate():
+    y = jax.random.normal(jax.random.key(1), (1, 6, 5, 2, 3, 1))
+    c = _conditions()
+    seen = {}
 
     def network(latents, levels, conditions):
         seen["input"] = latents
         return jnp.ones_like(latents[..., :1])
 
-    v = preconditioned(network, WEIGHTS)(y, levels, FakeConditions)
-    x, base, std = linear_denoiser(y, levels, times, WEIGHTS)
+    v = preconditioned(network, _weights())(y, LEVELS, c)
+    k = covariance(TIMES, WAYPOINTS, _weights())
+    x, base, std = linear_denoiser(carry(y, WAYPOINTS, c.intrinsics, c.extrinsics), LEVELS, k)
     np.testing.assert_allclose(v - base, np.broadcast_to(std[..., None, None, None], v.shape), atol=1e-5)
     np.testing.assert_allclose(seen["input"][..., 1:], x, atol=1e-6)
+    assert float(jnp.abs(seen["input"][..., 1:] - seen["input"][..., :1])[:, :, 2:].mean()) > 0.1
 
 
-def test_covariance_is_recovered_from_samples():
+def test_weights_are_recovered_from_correlations():
     r = np.random.default_rng(0)
-    times = np.arange(240) / 12
-    k = np.asarray(covariance(jnp.asarray(times), WEIGHTS), np.float64)
-    scenes = []
-    for _ in range(6):
-        x = np.stack([np.linalg.cholesky(k[v] + 1e-6 * np.eye(240)) @ r.normal(size=(240, 400)) for v in range(2)], 1)
-        scenes.append(x.reshape(240, 2, 20, 20, 1))
-    weights = fit_covariance(scenes, [times] * 6)
-    assert weights.shape == (2, len(TIME_CONSTANTS)) and (weights >= 0).all()
-    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
-    lags = jnp.asarray([0.0, 1 / 12, 0.5, 2.0])
-    got, want = (np.asarray(covariance(lags, w))[:, 0] for w in (weights, WEIGHTS))
-    np.testing.assert_allclose(got, want, atol=0.06)
+    gaps, distances = r.uniform(1 / 12, 3, 400), r.uniform(0, 30, 400)
+    basis = np.asarray(correlation_basis(jnp.asarray(gaps), jnp.asarray(distances)), np.float64)
+    want = basis @ _weights().T
+    weights = fit_covariance(want + r.normal(0, 0.02, want.shape), gaps, distances)
+    assert weights.shape == (6, len(SCALES)) and (weights >= 0).all()
+    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(basis @ weights.T.astype(np.float64), want, atol=0.03)
+
+
+def test_correlations_of_a_still_scene_are_one_and_of_noise_nothing():
+    """A scene is measured through its poses and cameras as the reader gives them."""
+    r = np.random.default_rng(0)
+    intrinsics, extrinsics = (np.asarray(x)[0].swapaxes(0, 1) for x in _rig(40))
+    scene = {"times": np.arange(40) / 12, "intrinsics": intrinsics, "cam2ego_translation": extrinsics[..., :3], "cam2ego_rotation": extrinsics[..., 3:]}
+    scene["ego_translation"], scene["ego_rotation"] = np.zeros((40, 6, 3)), np.broadcast_to([1.0, 0, 0, 0], (40, 6, 4))
+    still = scene | {"latents": np.broadcast_to(r.normal(size=(1, 6, 8, 14, 4)), (40, 6, 8, 14, 4)).astype(np.float16)}
+    correlations, gaps, distances = measure_correlations([still])
+    np.testing.assert_allclose(correlations.mean(0), 1, atol=0.02)
+    assert distances.max() == 0 and gaps.min() > 0.08
+    noise = scene | {"latents": r.normal(size=(40, 6, 8, 14, 4)).astype(np.float16)}
+    assert np.abs(measure_correlations([noise])[0].mean()) < 0.05
 
 
 def test_gradients_do_not_flow_into_the_prior():
-    y, levels, times = _problem()
+    y = jax.random.normal(jax.random.key(1), (1, 6, 5, 2, 3, 1))
 
-    class FakeConditions:
-        frame_times = times
+    def total(x, scale):
+        return preconditioned(lambda x, *_: scale * jnp.ones_like(x[..., :1]), _weights())(x, LEVELS, _conditions()).sum()
 
-    def total(scale):
-        return preconditioned(lambda x, *_: scale * x[..., :1], WEIGHTS)(y, levels, FakeConditions).sum()
-
-    assert np.isfinite(float(jax.grad(total)(1.0))) and precondition.linear_denoiser is linear_denoiser
+    through, by_scale = jax.grad(total, argnums=(0, 1))(y, 1.0)
+    assert float(jnp.abs(through).max()) == 0 and float(by_scale) > 0

@@ -1,5 +1,11 @@
 """The splash kernel against attention by XLA, emulated on the CPU."""
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,3 +56,28 @@ def test_elsewhere_than_on_tpus_it_is_xla():
     assert "pallas" not in text
     on_tpu = str(jax.make_jaxpr(lambda q: attend_splash(q, q, q, SPATIAL.queries, "TPU v5"))(q))
     assert "pallas" in on_tpu
+
+
+TPU_ENVIRONMENT = {  # one setting serves every chip; it names a slice that this machine pretends to be a host of
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0", "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+
+
+@pytest.mark.tpu_backend
+@pytest.mark.parametrize(
+    "topology, heads, head, tokens", [("v5e:2x2", 9, 128, 2688), ("v5p:2x2x1", 16, 72, 2688), ("v6e:2x2", 16, 72, 5520), ("tpu7x:2x2x1", 9, 128, 5520)]
+)
+def test_compiles_ahead_of_time(topology, heads, head, tokens):
+    """Forward and the fused backward, for lengths that are and are not multiples of the block; no scores in memory, no transfers."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.aot_probe", topology, str(heads), str(head), str(tokens)], capture_output=True, text=True, timeout=500,
+        env=os.environ | TPU_ENVIRONMENT, cwd=pathlib.Path(__file__).parents[1],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = json.loads(run.stdout.split("RESULT")[1])
+    assert result["kind"] in BLOCKS, f"{result['kind']} has no block size of its own"
+    assert result["kernels"] == 2
+    assert sum(result["collectives"].values()) == result["collectives"]["all-reduce"] == 1  # of the value
+    frames = 2  # on each device
+    assert result["temporaries"] < frames * heads * tokens**2

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mila_jax.model.layers import Linear, ones, parameter, rms_norm, rotate, xavier, zeros
+from mila_jax.model.remat import ATTENTION, keep
 from mila_jax.model.splash import attend_splash, device_kind
 from mila_jax.parallel.logical import constrain
 
@@ -67,7 +68,7 @@ def attend_spatially(q, k, v, kernel: str):
 
 
 class SelfAttention(nnx.Module):
-    """Fused qkv, RMSNorm on q and k (optional), rotary embedding (temporal only), output projection.
+    """Fused qkv, RMSNorm on q and k (optional), rotary embedding (of frames, or of viewing directions), output projection.
 
     Published as `attn.{qkv,q_norm,k_norm,proj}` (Open-Sora blocks.py Attention). The fused kernel is stored [d, 3, k, e], so
     that heads are an axis that can be sharded; it is drawn as one matrix [d, 3d].
@@ -93,7 +94,7 @@ class SelfAttention(nnx.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = constrain(q, *self.layout.queries), constrain(k, *self.layout.keys), constrain(v, *self.layout.keys)
         y = attend_spatially(q, k, v, self.kernel) if self.layout is SPATIAL else attend(q, k, v)
-        y = constrain(y, *self.layout.queries)
+        y = keep(constrain(y, *self.layout.queries), ATTENTION)
         return self.proj(y.reshape(x.shape))
 
 
@@ -113,5 +114,5 @@ class CrossAttention(nnx.Module):
         k, v = (y + bias for y, bias in zip(kv, self.kv_bias[...].astype(x.dtype)))
         k, v = (constrain(y, "batch", None, "heads", None) for y in (k, v))
         q = constrain(self.q(x).reshape(x.shape[:-1] + k.shape[2:]), *axes[:-1], "heads", None)
-        y = constrain(attend_text(q, k, v, mask), *axes[:-1], "heads", None)
+        y = keep(constrain(attend_text(q, k, v, mask), *axes[:-1], "heads", None), ATTENTION)
         return self.proj(y.reshape(x.shape))

@@ -17,9 +17,13 @@ from flax import nnx
 from mila_jax.errors import UserError
 from mila_jax.model.attention import KERNELS, SPATIAL, TEMPORAL, CrossAttention, SelfAttention
 from mila_jax.model.conditions import Conditions
+from mila_jax.model.motion import camera_rays
+from mila_jax.model.remat import NAMES as REMAT
+from mila_jax.model.remat import STREAM, keep, rematerialised
 from mila_jax.parallel.logical import constrain
 from mila_jax.model.layers import (
-    MLP, Linear, fourier, gelu_tanh, layer_norm, normal, parameter, position_table, rotary_tables, rotation_matrix, time_table, xavier, zeros,
+    MLP, Linear, fourier, gelu_tanh, layer_norm, normal, parameter, position_table, ray_rotary_tables, rotary_tables, rotation_matrix,
+    time_table, xavier, zeros,
 )  # fmt: skip
 
 
@@ -42,9 +46,11 @@ class DiTConfig:
     qk_norm: bool = True
     new_embeddings: bool = True  # camera, waypoint and frame-time embeddings
     fourier_bands: int = 8
+    ray_rotary: bool = False  # rotary embedding of the viewing direction in spatial attention (ours; published weights have none)
     dtype: str = "float32"  # compute type
-    remat: str = "none"  # none | block: recompute each pair of blocks in the backward pass
+    remat: str = "none"  # what is kept for the backward pass: mila_jax/model/remat.py
     attention_kernel: str = "xla"  # xla | splash, of spatial attention
+    unroll: int | None = None  # pairs in one iteration of the scan over them; None: all of a short stack, one of a deep one
 
     def check(self) -> None:
         """Raises `UserError` with the config key for sizes that cannot work."""
@@ -61,8 +67,8 @@ class DiTConfig:
             raise UserError(f"model.width={self.width} must be a multiple of 4 (position table); change model.width")
         if self.attention_kernel not in KERNELS:
             raise UserError(f"attention.kernel={self.attention_kernel!r} is unknown; use one of {', '.join(KERNELS)}")
-        if self.remat not in ("none", "block"):
-            raise UserError(f"model.remat={self.remat!r} is unknown; use none or block")
+        if self.remat not in REMAT:
+            raise UserError(f"model.remat={self.remat!r} is unknown; use one of {', '.join(REMAT)}")
 
 
 # Logical axes of the stream [b, v, t, n, d] between a block's parts.
@@ -86,7 +92,7 @@ class Block(nnx.Module):
         self.mlp = MLP(d, int(d * config.mlp_ratio), d, rngs=rngs, activation=gelu_tanh, last=last, feature_axis="embed")
 
     def __call__(self, x, text, text_mask, mod, rotary):
-        """x [b, v, t, n, d], text [b, l, d] → [b, v, t, n, d]."""
+        """x [b, v, t, n, d], text [b, l, d] → [b, v, t, n, d]; rotary: tables over the axis that is attended to, or None."""
         v, axes = x.shape[1], STREAM_TEMPORAL if self.temporal else STREAM_SPATIAL
         mod = constrain((mod + self.table[...]).astype(x.dtype), *axes[:3], None, None)[..., None, :, :]  # [b, v, t, 1, 6, d]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (mod[..., i, :] for i in range(6))
@@ -99,7 +105,7 @@ class Block(nnx.Module):
         if self.temporal:
             y = rearrange(self.attn(rearrange(y, "b v t n d -> b v n t d"), rotary), "b v n t d -> b v t n d")
         else:
-            y = rearrange(self.attn(rearrange(y, "b v t n d -> b t (v n) d")), "b t (v n) d -> b v t n d", v=v)
+            y = rearrange(self.attn(rearrange(y, "b v t n d -> b t (v n) d"), rotary), "b t (v n) d -> b v t n d", v=v)
         x = constrain(x + gate_a * constrain(y, *axes), *axes)
         x = constrain(x + self.cross(x, text, text_mask, axes), *axes)
         y = constrain(layer_norm(x) * (1 + scale_m) + shift_m, *axes)
@@ -113,8 +119,8 @@ class Pair(nnx.Module):
         self.spatial = Block(config, False, rngs=rngs)
         self.temporal = Block(config, True, rngs=rngs)
 
-    def __call__(self, x, text, text_mask, mod, rotary):
-        x = self.spatial(x, text, text_mask, mod, rotary)
+    def __call__(self, x, text, text_mask, mod, rays, rotary):
+        x = self.spatial(x, text, text_mask, mod, rays)
         return self.temporal(x, text, text_mask, mod, rotary)
 
 
@@ -211,13 +217,19 @@ class DiT(nnx.Module):
         mod = mod.reshape(mod.shape[:-1] + (6, cfg.width))
         text = constrain(self.text(conditions.text, conditions.drop_text, dtype), "batch", None, None)
         rotary = rotary_tables(x.shape[2], cfg.width // cfg.heads)
+        rays = None
+        if cfg.ray_rotary:
+            looks = camera_rays(conditions.intrinsics[:, :, ::pt], conditions.extrinsics[:, :, ::pt], rows, columns)
+            looks = rearrange(looks, "b v t h w i -> b t (v h w) i")
+            rays = ray_rotary_tables(constrain(looks, "batch", "frames", None, None), columns, cfg.width // cfg.heads)
 
         def body(x, pair):
-            return pair(x, text, conditions.text_mask, mod, rotary).astype(dtype), None
+            x = keep(x, STREAM)
+            return pair(x, text, conditions.text_mask, mod, rays, rotary).astype(dtype), None
 
-        if cfg.remat == "block":
-            body = jax.checkpoint(body, prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, self.pairs)
+        # Unrolled, a short stack runs faster on a CPU; a deep one would take the compiler many minutes.
+        unroll = cfg.unroll or (cfg.depth if cfg.depth <= 8 else 1)
+        x, _ = jax.lax.scan(rematerialised(body, cfg.remat), x, self.pairs, unroll=unroll)
 
         shift = (self.final_table[0] + time)[..., None, :]  # no activation, no linear map here, as published
         scale = (self.final_table[1] + time)[..., None, :]

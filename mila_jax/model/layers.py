@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mila_jax.model.remat import HIDDEN, keep
 from mila_jax.parallel.logical import constrain
 
 
@@ -74,7 +75,7 @@ class MLP(nnx.Module):
         """x [..., inputs] → [..., outputs]; axes: logical axes of x, to state how the hidden layer is split (None: not stated)."""
         hidden = self.fc1(x)
         if axes is not None:
-            hidden = constrain(hidden, *axes[:-1], "mlp")
+            hidden = keep(constrain(hidden, *axes[:-1], "mlp"), HIDDEN)
         return self.fc2(self.activation(hidden))
 
 
@@ -133,13 +134,31 @@ def rotary_tables(frames: int, head_width: int):
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def ray_rotary_tables(rays, columns: int, head_width: int):
+    """Cosine and sine [..., head_width / 2] of viewing directions rays [..., 3] in the ego frame.
+
+    Ours, for attention over all views: patches that look the same way are alike whichever camera they are of. Two thirds of the
+    pairs turn with the azimuth, in whole numbers so that the ring closes, the others with the elevation. The fastest turns by
+    about half a circle from one of a view's `columns` patches to the next (a camera of 70°).
+    """
+    pairs = head_width // 2
+    fastest = math.pi * columns / math.radians(70)
+    around, upward = pairs - pairs // 3, pairs // 3
+    whole = jnp.round(fastest ** (jnp.arange(around) / max(around - 1, 1)))
+    rising = 2 * (fastest / 2) ** (jnp.arange(upward) / max(upward - 1, 1))
+    azimuth = jnp.arctan2(rays[..., 1], rays[..., 0])
+    elevation = jnp.arctan2(rays[..., 2], jnp.sqrt(jnp.square(rays[..., :2]).sum(-1)))
+    angles = jnp.concatenate([azimuth[..., None] * whole, elevation[..., None] * rising], -1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rotate(x, tables):
-    """Rotary embedding of x [..., t, k, e] by interleaved pairs (x₀x₁)(x₂x₃)…; tables from `rotary_tables`.
+    """Rotary embedding of x [..., t, k, e] by interleaved pairs (x₀x₁)(x₂x₃)…; tables [..., t, e/2], e.g. from `rotary_tables`.
 
     The partner of each element comes by a matrix of 0 and ±1, which is exact: taking pairs apart and together again makes the TPU
     compiler copy the whole array in float32, with its last axis of two filled up to 128.
     """
-    cos, sin = (jnp.repeat(table, 2, -1)[:, None, :] for table in tables)  # [t, 1, e]
+    cos, sin = (jnp.repeat(table, 2, -1)[..., :, None, :] for table in tables)  # [..., t, 1, e]
     width = x.shape[-1]
     partner = np.zeros((width, width), np.float32)
     partner[np.arange(1, width, 2), np.arange(0, width, 2)] = -1

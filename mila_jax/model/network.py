@@ -7,22 +7,23 @@ from mila_jax.errors import UserError
 from mila_jax.model.dit import DiT, DiTConfig
 from mila_jax.model.precondition import preconditioned
 
-PRECONDITIONS = ("none", "temporal")
+PRECONDITIONS = ("none", "motion")
 
 
 def dit_config(model, latent_channels: int, image_size, text_width: int, text_length: int, attention=None) -> DiTConfig:
     """`DiTConfig` of a config's `model` section for latents of `latent_channels`.
 
-    image_size: (height, width) in pixels; attention: the config's section of that name (older files have none). Raises `UserError` naming the key of a value that cannot work.
+    image_size: (height, width) in pixels; attention: the config's section of that name (older files have none).
+    Raises `UserError` naming the key of a value that cannot work.
     """
     if model.precondition not in PRECONDITIONS:
         raise UserError(f"model.precondition={model.precondition!r} is unknown; use one of {', '.join(PRECONDITIONS)}")
     config = DiTConfig(
         width=model.width, depth=model.depth, heads=model.heads, patch=tuple(model.patch),
-        in_channels=latent_channels * (2 if model.precondition == "temporal" else 1), out_channels=latent_channels,
+        in_channels=latent_channels * (2 if model.precondition == "motion" else 1), out_channels=latent_channels,
         text_width=text_width, text_length=text_length, mlp_ratio=model.mlp_ratio, image_size=tuple(image_size),
         input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
-        fourier_bands=model.fourier_bands, dtype=model.dtype, remat=model.remat,
+        fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), dtype=model.dtype, remat=model.remat,
         attention_kernel=(attention or {}).get("kernel", "xla"),
     )  # fmt: skip
     config.check()

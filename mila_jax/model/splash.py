@@ -15,11 +15,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from mila_jax.parallel.logical import spec
 
 LANES = 128
-RESIDUALS = "attention_residuals"  # name of the kernel's result and softmax statistics for remat policies
+RESIDUALS = "attention_residuals"  # name of the kernel's result and softmax statistics, see remat.py
 
 # The largest block of queries and of keys by chip (device_kind). Modelled, by instruction counts of the compiled kernel at 2,688
 # tokens: 896 instead of 384 makes v5p's forward 1.6 and its backward 1.4 times cheaper; 1,408 no longer fits into VMEM.
-BLOCKS = {"TPU v5 lite": 896, "TPU v5": 896, "TPU v5p": 896, "TPU v6 lite": 896, "TPU v6e": 896, "TPU7x": 896}
+BLOCKS = {"TPU v5 lite": 896, "TPU v5": 896, "TPU v6 lite": 896, "TPU7x": 896}
 OTHER_BLOCK = 512  # chips that the table does not know
 
 

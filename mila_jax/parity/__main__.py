@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mila_jax.errors import UserError
+from mila_jax.runtime import setup
 
 
 def check_file(path) -> list[tuple[str, float, float]]:
@@ -54,4 +55,5 @@ def main(paths) -> int:
 
 
 if __name__ == "__main__":
+    setup()
     sys.exit(main(sys.argv[1:]))

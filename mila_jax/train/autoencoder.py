@@ -2,7 +2,9 @@
 
     python -m mila_jax.train.autoencoder --data NUSCENES_ROOT --version v1.0-sim --out DIR --steps 6000 [--minutes 20]
 
-Loss: L1 + MSE + L1 of the error's image gradients + KL. The decoder sees the posterior sample plus Gaussian noise of a random
+Loss: L1 + MSE + L1 of the error's image gradients + KL. For a share of the images, latents are shifted and enlarged before they are
+decoded, and the decoder must give the equally shifted and enlarged image: latents that move as pixels do are what a generator of
+driving video can carry along (equivariance as in Kouzelis et al. 2025, EQ-VAE). The decoder sees the posterior sample plus Gaussian noise of a random
 strength relative to the latents' own standard deviation, so that it forgives the errors of a generator and the encoder cannot hide
 detail at amplitudes that noise wipes out (being relative, it cannot be escaped by scaling the latents up).
 
@@ -29,7 +31,8 @@ from tqdm import tqdm
 
 from mila_jax.errors import UserError
 from mila_jax.model.autoencoder import AutoencoderConfig, abstract_autoencoder, make_autoencoder
-from mila_jax.model.autoencoder_weights import from_pixels, save_autoencoder, to_pixels
+from mila_jax.model.autoencoder_weights import file_sha256, from_pixels, load_autoencoder, save_autoencoder, to_pixels
+from mila_jax.runtime import setup
 from mila_jax.train.autoencoder_state import read_metrics, restore_state, save_state
 
 EMBEDDED = AutoencoderConfig(block_out_channels=(64, 128), layers_per_block=1, latent_channels=8, norm_num_groups=8, pixel_unshuffle=4)
@@ -47,8 +50,9 @@ class AutoencoderTraining:
     clip: float = 1.0  # global gradient norm
     mse: float = 1.0
     edge: float = 0.5
-    kl: float = 1e-5
-    latent_noise: float = 0.15  # largest noise, in standard deviations of the latents
+    kl: float = 2e-4
+    latent_noise: float = 0.3  # largest noise, in standard deviations of the latents
+    equivariance: float = 0.5  # share of the images that are shifted and enlarged between encoder and decoder
     ema: float = 0.999
 
 
@@ -71,9 +75,10 @@ def make_optimizer(config: AutoencoderTraining, steps: int) -> optax.GradientTra
                        optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=config.weight_decay))
 
 
-def init_state(config: AutoencoderTraining, steps: int, seed: int) -> TrainState:
-    """The state before the first step; the same seed gives the same bytes."""
-    params = make_autoencoder(config.model, seed)[1]
+def init_state(config: AutoencoderTraining, steps: int, seed: int, params=None) -> TrainState:
+    """The state before the first step; the same seed gives the same bytes. `params`: weights to start from instead of random ones."""
+    if params is None:
+        params = make_autoencoder(config.model, seed)[1]
     ema = jax.tree.map(jnp.copy, params)  # a copy: the step donates its buffers
     return TrainState(jnp.zeros((), jnp.int32), params, ema, make_optimizer(config, steps).init(params))
 
@@ -81,13 +86,15 @@ def init_state(config: AutoencoderTraining, steps: int, seed: int) -> TrainState
 def loss_and_metrics(params, graphdef, config: AutoencoderTraining, images: jax.Array, key: jax.Array):
     """Loss and its parts for images [n, H, W, 3] in [-1, 1]; every part is a mean over elements."""
     model = nnx.merge(graphdef, params)
-    sample_key, noise_key, strength_key = jax.random.split(key, 3)
+    sample_key, noise_key, strength_key, move_key = jax.random.split(key, 4)
     mean, logvar = model.encode(images)
     latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(sample_key, mean.shape)
     spread = jax.lax.stop_gradient(mean.std(axis=(0, 1, 2)))  # [c]
     strength = jax.random.uniform(strength_key, (len(mean), 1, 1, 1), maxval=config.latent_noise)
     latents = latents + strength * spread * jax.random.normal(noise_key, mean.shape)
-    error = model.decode(latents) - images
+    move = draw_moves(move_key, len(mean), config)
+    images, seen = moved(images, move)
+    error = (model.decode(moved(latents, move)[0]) - images) * seen
     parts = {
         "l1": jnp.abs(error).mean(),
         "mse": jnp.square(error).mean(),
@@ -96,6 +103,38 @@ def loss_and_metrics(params, graphdef, config: AutoencoderTraining, images: jax.
     }
     loss = parts["l1"] + config.mse * parts["mse"] + config.edge * parts["edge"] + config.kl * parts["kl"]
     return loss, {"loss": loss, **parts}
+
+
+LONGEST_SHIFT = 0.12  # of the image's width and height
+LARGEST_ZOOM = 1.4
+
+
+def draw_moves(key, count: int, config: AutoencoderTraining):
+    """Shifts [n, 2] (rows, columns; fractions of the image) and zooms [n]; (0, 0) and 1 for all but a share `config.equivariance`."""
+    k_shift, k_zoom, k_kind = jax.random.split(key, 3)
+    kind = jax.random.uniform(k_kind, (count,))
+    shift = jax.random.uniform(k_shift, (count, 2), minval=-LONGEST_SHIFT, maxval=LONGEST_SHIFT)
+    zoom = jax.random.uniform(k_zoom, (count,), minval=1.0, maxval=LARGEST_ZOOM)
+    # Half of the moved images are only shifted: enlarging blurs, and the decoder shall not learn that what moves is blurred.
+    zoom = jnp.where(kind < 0.5 * config.equivariance, zoom, 1.0)
+    return jnp.where((kind < config.equivariance)[:, None], shift, 0.0), zoom
+
+
+def moved(x, move):
+    """x [n, H, W, c] shifted and enlarged about its middle, bilinearly; and a mask [n, H, W, 1] of what comes from inside the image."""
+    shift, zoom = move
+
+    def weights(size, offset):
+        place = (jnp.arange(size) + 0.5) / size
+        source = ((place - 0.5) / zoom[:, None] + 0.5 + offset[:, None]) * size - 0.5  # [n, size]
+        inside = (source >= -0.5) & (source <= size - 0.5)
+        source = jnp.clip(source, 0, size - 1)
+        return jnp.maximum(1 - jnp.abs(source[..., None] - jnp.arange(size)), 0), inside
+
+    rows, row_inside = weights(x.shape[1], shift[:, 0])
+    columns, column_inside = weights(x.shape[2], shift[:, 1])
+    inside = (row_inside[:, :, None] & column_inside[:, None])[..., None].astype(x.dtype)
+    return jnp.einsum("nih,njw,nhwc->nijc", rows, columns, x), inside
 
 
 def make_train_step(config: AutoencoderTraining, steps: int, seed: int) -> Callable:
@@ -171,6 +210,7 @@ def train_autoencoder(
     seed: int = 0,
     *,
     minutes: float | None = None,
+    init_from=None,
     log_every: int = 50,
     save_every: int = 500,
     card: dict | None = None,
@@ -179,7 +219,7 @@ def train_autoencoder(
     """Trains to `steps` (or for `minutes`), resuming from `out_dir`; returns the path of the weights file written.
 
     frames_*: uint8 [n, H, W, 3]. In `out_dir`: state.safetensors (resume), metrics.jsonl, autoencoder.safetensors (EMA weights,
-    latent shift and scale; also written when the time is up first). UserError when sizes do not divide, when there are no
+    latent shift and scale; also written when the time is up first). `init_from`: weights file to start from instead of random ones. UserError when sizes do not divide, when there are no
     frames, or when `out_dir` holds a run with another config, seed or number of steps.
     """
     out_dir = Path(out_dir)
@@ -188,7 +228,13 @@ def train_autoencoder(
     config.model.latent_shape(*frames_train.shape[1:3])
     train_step = make_train_step(config, steps, seed)
     identity = {"config": dataclasses.asdict(config), "seed": seed, "steps": steps, "image_size": list(frames_train.shape[1:3])}
-    state = restore_state(out_dir, init_state(config, steps, seed), identity)
+    params = None
+    if init_from is not None:
+        given, params, _, _ = load_autoencoder(init_from)
+        if given != config.model:
+            raise UserError(f"{init_from} has other sizes than the autoencoder to be trained; train it from random weights")
+        identity["init_from"] = file_sha256(init_from)
+    state = restore_state(out_dir, init_state(config, steps, seed, params), identity)
     start = int(state.step)
     history = [row for row in read_metrics(out_dir) if row["step"] <= start]
     began, step = time.monotonic(), start
@@ -240,6 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="stop (resumable) after this long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=AutoencoderTraining.batch_size)
+    parser.add_argument("--init-from", help="weights file to start from")
+    parser.add_argument("--learning-rate", type=float, default=AutoencoderTraining.learning_rate)
     parser.add_argument("--height", type=int, default=64)
     parser.add_argument("--width", type=int, default=112)
     parser.add_argument("--max-frames", type=int, default=12000, help="training frames held in memory, evenly spaced over the data")
@@ -254,10 +302,11 @@ def _train_from(args) -> Path:
     from mila_jax.train.autoencoder_frames import split_frames  # the data side, needed by the command only
 
     train, val = split_frames(args.data, args.version, args.height, args.width, args.max_frames)
-    config = AutoencoderTraining(batch_size=args.batch_size)
-    return train_autoencoder(train, val, config, args.out, args.steps, args.seed, minutes=args.minutes,
+    config = AutoencoderTraining(batch_size=args.batch_size, learning_rate=args.learning_rate)
+    return train_autoencoder(train, val, config, args.out, args.steps, args.seed, minutes=args.minutes, init_from=args.init_from,
                              card={"data": f"{Path(args.data).name} {args.version}"})
 
 
 if __name__ == "__main__":
+    setup()
     main()

@@ -19,7 +19,7 @@ from data_pipeline.clips import ClipSource, ClipSpec, read_scene
 from data_pipeline.loader import make_loader
 from data_pipeline.records import read_index, write_atomically
 from mila_jax.errors import UserError
-from mila_jax.model.precondition import fit_covariance
+from mila_jax.model.precondition import fit_covariance, measure_correlations
 from mila_jax.model.stdit3_weights import create
 from mila_jax.model.weights import load_model, merge_parameters, model_config, save_model
 from mila_jax.parallel.logical import rules_from_config, use_rules, with_rules
@@ -67,10 +67,9 @@ def clip_specs(config) -> tuple[list[ClipSpec], list[float]]:
 
 
 def measure_covariance(data_dir) -> np.ndarray:
-    """Correlation of the training latents over time, for the preconditioning (at most 16 scenes)."""
+    """Correlation of the training latents over time and along the car's motion, for the preconditioning (at most 16 scenes)."""
     names = [s.name for s in read_index(data_dir).scenes if s.split == "train"][:16]
-    scenes = [read_scene(data_dir, name) for name in names]
-    return fit_covariance([s["latents"] for s in scenes], [s["times"] for s in scenes])
+    return fit_covariance(*measure_correlations(read_scene(data_dir, name) for name in names))
 
 
 class Trainer:

@@ -1,0 +1,56 @@
+"""Remat policies: each computes again what it is meant to, seen in the program before it is compiled."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from mila_jax.model.dit import DiTConfig
+from mila_jax.model.remat import NAMES
+from mila_jax.train.state import abstract_model
+from tests.test_model_dit import make_conditions
+
+CONFIG = DiTConfig(width=16, depth=2, heads=2, in_channels=2, out_channels=2, text_width=6, text_length=3, pred_sigma=False, fourier_bands=2, unroll=1)
+
+
+def count(jaxpr) -> collections.Counter:
+    """Primitives of a program, inner programs included; transfers to the host as "to_host"."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        found[equation.primitive.name] += 1
+        found["to_host"] += equation.primitive.name == "device_put" and "host" in str(equation.params["devices"]).lower()
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += count(inner)
+    return found
+
+
+def gradient_program(name: str) -> collections.Counter:
+    """What the gradient's program of a policy consists of."""
+    graphdef, params = abstract_model(dataclasses.replace(CONFIG, remat=name))
+    conditions = jax.eval_shape(make_conditions)
+
+    def value(params, conditions):
+        return jnp.sum(nnx.merge(graphdef, params)(jnp.ones((1, 6, 3, 4, 6, 2)), jnp.full((1, 6, 3), 400.0), conditions) ** 2)
+
+    return count(jax.make_jaxpr(jax.grad(value))(params, conditions).jaxpr)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return {name: gradient_program(name) for name in NAMES}
+
+
+def test_less_kept_is_more_computed(found):
+    products = {name: counted["dot_general"] for name, counted in found.items()}
+    assert products["none"] < products["dots+attention"] < products["dots"] < products["attention+mlp"] < products["attention"] < products["block"], products
+    assert products["full"] == products["block"] == products["offload"]
+    assert products["block"] - products["none"] >= 2 * 8  # nearly every product of the two blocks of a pair
+
+
+def test_only_offload_moves_the_stream_to_the_host(found):
+    assert {name for name, counted in found.items() if counted["to_host"]} == {"offload"}
