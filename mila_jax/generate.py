@@ -65,9 +65,9 @@ def stage_conditions(start: list[Start], windows: Windows | None) -> Conditions 
     )
 
 
-def generation_velocity(graphdef, params, dit, covariance, generate):
+def generation_velocity(graphdef, params, dit, prior, generate):
     """The velocity that windows are denoised with: the network, guided as the config's `generate` section says."""
-    velocity = make_velocity(graphdef, params, dit, covariance)
+    velocity = make_velocity(graphdef, params, dit, prior)
     drops = (conditions_module.drop_text, conditions_module.drop_waypoints)
     return guided(velocity, drops, (generate.guidance_text, generate.guidance_waypoints))
 
@@ -96,7 +96,7 @@ class Generator:
         model, g = self.model, self.config.generate
 
         def run(params, first, coarse, refine, bootstrap, key):
-            velocity = generation_velocity(model.graphdef, params, model.dit, model.covariance, g)
+            velocity = generation_velocity(model.graphdef, params, model.dit, model.prior, g)
             return rollout(velocity, first, plan, coarse, refine, key, self.options, bootstrap_conditions=bootstrap)
 
         return jax.jit(run)

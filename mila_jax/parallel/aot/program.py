@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from mila_jax.flow.sampler import sample_window
 from mila_jax.generate import generation_velocity
 from mila_jax.model.conditions import Conditions
-from mila_jax.model.precondition import TIME_CONSTANTS
+from mila_jax.model.precondition import SCALES, Prior
 from mila_jax.parallel.aot.sizes import Sizes
 from mila_jax.parallel.logical import rules_from_config, spec, use_rules, with_rules
 from mila_jax.parallel.mesh import batch_sharding, parameter_shardings, replicated
@@ -40,9 +40,12 @@ def _key(mesh):
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
 
 
-def _covariance(config):
-    """Weights of the preconditioning: their values change no shape, so any will do."""
-    return None if config.model.precondition == "none" else np.full((len(VIEWS), len(TIME_CONSTANTS)), 1 / len(TIME_CONSTANTS), np.float32)
+def _prior(config, sizes: Sizes) -> Prior | None:
+    """A prior of the preconditioning: its values change no shape, so any will do."""
+    if config.model.precondition == "none":
+        return None
+    channels = sizes.data["latent_shape"][-1]
+    return Prior(np.eye(channels, dtype=np.float32), np.full((len(VIEWS), channels, len(SCALES)), 1 / len(SCALES), np.float32))
 
 
 def abstract_clip(sizes: Sizes, sharding) -> dict:
@@ -64,7 +67,7 @@ def train_program(config, sizes: Sizes, mesh: Mesh) -> Program:
     shardings = state_shardings(mesh, sizes.dit, tx)
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, params, jax.eval_shape(tx.init, params))
     step = jit_train_step(
-        shardings, batch_sharding(mesh), rules=rules_from_config(config), graphdef=graphdef, config=sizes.dit, covariance=_covariance(config),
+        shardings, batch_sharding(mesh), rules=rules_from_config(config), graphdef=graphdef, config=sizes.dit, prior=_prior(config, sizes),
         objective=Objective.from_config(config), tx=tx,
     )  # fmt: skip
     return Program(step, (_shaped(shapes, shardings), abstract_clip(sizes, batch_sharding(mesh)), _key(mesh)), mesh)
@@ -73,7 +76,7 @@ def train_program(config, sizes: Sizes, mesh: Mesh) -> Program:
 def sample_program(config, sizes: Sizes, mesh: Mesh) -> Program:
     """One denoising step of a window, guidance included; the window is donated."""
     graphdef, params = abstract_model(sizes.dit)
-    covariance = _covariance(config)
+    prior = _prior(config, sizes)
     b, v, t = sizes.batch, len(VIEWS), sizes.frames
     # One video may be fewer than the devices that its guidance passes are split over: then it lies whole on each of them.
     rows = "batch" if b % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
@@ -85,7 +88,7 @@ def sample_program(config, sizes: Sizes, mesh: Mesh) -> Program:
     conditions = Conditions(**{name: clip[name] for name in names}, drop_text=drop, drop_waypoints=drop)
 
     def sample_step(params, window, schedule, conditions):
-        velocity = generation_velocity(graphdef, params, sizes.dit, covariance, config.generate)
+        velocity = generation_velocity(graphdef, params, sizes.dit, prior, config.generate)
         return sample_window(velocity, window, schedule, conditions)
 
     step = jax.jit(with_rules(rules_from_config(config), sample_step), donate_argnums=1, out_shardings=window.sharding)
