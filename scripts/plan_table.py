@@ -24,25 +24,30 @@ def _mesh(data, fsdp, context=1):
     return [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.context={context}"]
 
 
-def _batch(samples):
-    return [f"--config.train.batch={samples}"]
+def _batch(samples, remat):
+    return [f"--config.train.batch={samples}", f"--config.model.remat={remat}"]
 
 
 _GUIDED = ["--step=sample", "--config.generate.guidance_text=7.0", "--config.generate.guidance_waypoints=7.0"]
+# What is kept for the backward pass is the most that should fit in nine tenths of the memory.
+_MOST, _MUCH, _LEAST = "dots+attention", "attention+mlp", "block"
 LAYOUTS = {
-    "v5p_64_context": ("16 samples on 64 chips", [XL, "--topology=v5p:4x4x4", *_batch(16), *_mesh(1, 16, 4)]),
-    "v5p_64": ("64 samples on 64 chips", [XL, "--topology=v5p:4x4x4", *_batch(64), *_mesh(4, 16)]),
-    "v5p_64_360": ("360×640, 16 samples on 64 chips", [XL, "--topology=v5p:4x4x4", *_batch(16), *_mesh(1, 16, 4), "--config.data.image_size=(360,640)"]),
-    "v5e_16": ("16 samples on 16 chips", [XL, "--topology=v5e:4x4", *_batch(16), *_mesh(1, 16)]),
-    "v6e_64_context": ("16 samples on 64 chips", [XL, "--topology=v6e:8x8", *_batch(16), *_mesh(1, 16, 4)]),
-    "v6e_64_wide": ("wide preset, 16 samples on 64 chips", ["--config=configs/v6e.py", "--topology=v6e:8x8", *_batch(16), *_mesh(1, 16, 4)]),
+    "v5p_64_context": ("16 samples on 64 chips", [XL, "--topology=v5p:4x4x4", *_batch(16, _MOST), *_mesh(1, 16, 4)]),
+    "v5p_64": ("64 samples on 64 chips", [XL, "--topology=v5p:4x4x4", *_batch(64, _MUCH), *_mesh(4, 16)]),
+    "v5p_64_360": (
+        "360×640, 16 samples on 64 chips",
+        [XL, "--topology=v5p:4x4x4", *_batch(16, _MOST), *_mesh(1, 16, 4), "--config.data.image_size=(360,640)"],
+    ),
+    "v5e_16": ("16 samples on 16 chips", [XL, "--topology=v5e:4x4", *_batch(16, _LEAST), *_mesh(1, 16)]),
+    "v6e_64_context": ("16 samples on 64 chips", [XL, "--topology=v6e:8x8", *_batch(16, _MUCH), *_mesh(1, 16, 4)]),
+    "v6e_64_wide": ("wide preset, 16 samples on 64 chips", ["--config=configs/v6e.py", "--topology=v6e:8x8", *_batch(16, _MUCH), *_mesh(1, 16, 4)]),
     "sample_v5p_4": ("one guided denoising step, one video", [XL, "--topology=v5p:2x2x1", *_GUIDED, *_mesh(1, 2, 2)]),
     "sample_v5e_8": ("one guided denoising step, one video", [XL, "--topology=v5e:2x4", *_GUIDED, *_mesh(1, 2, 4)]),
-    "scaling_v5p_16": ("one sample a chip", [XL, "--topology=v5p:2x2x4", *_batch(16), *_mesh(1, 16)]),
-    "scaling_v5p_256": ("one sample a chip", [XL, "--topology=v5p:4x8x8", *_batch(256), *_mesh(16, 16)]),
-    "scaling_v5p_512": ("one sample a chip", [XL, "--topology=v5p:8x8x8", *_batch(512), *_mesh(32, 16)]),
-    "scaling_v5e_64": ("one sample a chip", [XL, "--topology=v5e:8x8", *_batch(64), *_mesh(4, 16)]),
-    "scaling_v5e_256": ("one sample a chip", [XL, "--topology=v5e:16x16", *_batch(256), *_mesh(16, 16)]),
+    "scaling_v5p_16": ("one sample a chip", [XL, "--topology=v5p:2x2x4", *_batch(16, _MUCH), *_mesh(1, 16)]),
+    "scaling_v5p_256": ("one sample a chip", [XL, "--topology=v5p:4x8x8", *_batch(256, _MUCH), *_mesh(16, 16)]),
+    "scaling_v5p_512": ("one sample a chip", [XL, "--topology=v5p:8x8x8", *_batch(512, _MUCH), *_mesh(32, 16)]),
+    "scaling_v5e_64": ("one sample a chip", [XL, "--topology=v5e:8x8", *_batch(64, _LEAST), *_mesh(4, 16)]),
+    "scaling_v5e_256": ("one sample a chip", [XL, "--topology=v5e:16x16", *_batch(256, _LEAST), *_mesh(16, 16)]),
 }
 
 

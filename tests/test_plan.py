@@ -14,7 +14,7 @@ import pytest
 from mila_jax import cli
 from mila_jax.config import load_config
 from mila_jax.errors import UserError
-from mila_jax.parallel.aot import cache, compiler, flops, layout, page, sweep, terminal
+from mila_jax.parallel.aot import cache, child, compiler, flops, layout, page, sweep, terminal
 from mila_jax.parallel.aot.chips import CHIPS, parse_topology
 from mila_jax.parallel.aot.command import load_results
 from mila_jax.parallel.aot.compiler import Outcome
@@ -161,6 +161,14 @@ def test_a_child_that_aborts_ends_as_a_refused_layout(monkeypatch):
     monkeypatch.setattr(compiler.sys, "executable", "/bin/sh")  # a shell does not know `-m`: it stops with an error
     outcome = compiler.compile_step(load_config(), "v5e:2x2", "train")
     assert outcome.text is None and "compiling process failed" in outcome.failure
+
+
+def test_the_child_does_not_outlive_its_parent(monkeypatch):
+    ended = []
+    monkeypatch.setattr(child.os, "getppid", lambda: 1)
+    monkeypatch.setattr(child.os, "_exit", ended.append)
+    child._end_with(5)
+    assert ended == [4]
 
 
 def test_memory_reports_are_read():

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 import time
 
 
@@ -70,8 +71,16 @@ def compile_request(request: dict, folder: pathlib.Path) -> None:
     _write(folder, "compiled.json", {"seconds": time.monotonic() - began, "memory": _memory(compiled)})
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone, however that ended: nobody would read what it makes."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(4)
+
+
 def main(path: str) -> int:
-    """Exit code 0 when compiled, 3 when there is a `failed.json` that says why not."""
+    """Exit code 0 when compiled, 3 when there is a `failed.json` that says why not, 4 when the parent is gone."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     folder = pathlib.Path(path).parent
     request = json.loads(pathlib.Path(path).read_text())
     from mila_jax.errors import UserError
