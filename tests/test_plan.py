@@ -24,6 +24,7 @@ from mila_jax.parallel.mesh import make_mesh
 from mila_jax.views import VIEWS
 
 SMALL = ("--config.model.width=32", "--config.model.depth=2", "--config.model.heads=2", "--config.data.image_size=(32,48)", "--config.train.batch=4")
+SMALL += ("--config.model.ray_rotary=False",)
 PROGRAM = """HloModule m, is_scheduled=true
 
 ENTRY %main (p: f32[8]) -> f32[8] {
@@ -64,7 +65,8 @@ def run(capsys, *arguments):
 def rotary(sizes):
     """Work that is in the program and not the model's: partners of the rotary embedding of q and k, found by a constant matrix."""
     rows = sizes.batch * sizes.passes * len(VIEWS) * -(-sizes.frames // sizes.dit.patch[0]) * sizes.tokens
-    once = 2 * sizes.dit.depth * 2 * rows * sizes.dit.width * (sizes.dit.width // sizes.dit.heads)
+    blocks = sizes.dit.depth * (2 if sizes.dit.ray_rotary else 1)
+    once = 2 * blocks * 2 * rows * sizes.dit.width * (sizes.dit.width // sizes.dit.heads)
     return once * (2 if sizes.step == "train" else 1)
 
 
@@ -76,6 +78,7 @@ def rotary(sizes):
         ("sample", ("--config.model.precondition=none", "--config.generate.guidance_text=2.0", "--config.generate.guidance_waypoints=2.0"), 0),
         ("sample", ("--config.model.precondition=none", "--config.generate.guidance_text=2.0", "--config.generate.guidance_waypoints=3.0"), 0),
         ("train", ("--config.model.pred_sigma=True", "--config.model.patch=(2,2,2)", "--config.model.precondition=none"), 0),
+        ("train", ("--config.model.precondition=none", "--config.model.ray_rotary=True"), 1e-3),  # the rays' own rotation is left out
         ("train", ("--config.model.precondition=motion",), 0.02),  # solves over t × t frames, rotations of rays and points and the like are left out
     ],
 )  # fmt: skip
