@@ -156,7 +156,8 @@ def rotate(x, tables):
     """Rotary embedding of x [..., t, k, e] by interleaved pairs (x₀x₁)(x₂x₃)…; tables [..., t, e/2], e.g. from `rotary_tables`.
 
     The partner of each element comes by a matrix of 0 and ±1, which is exact: taking pairs apart and together again makes the TPU
-    compiler copy the whole array in float32, with its last axis of two filled up to 128.
+    compiler copy the whole array in float32, with its last axis of two filled up to 128. Its precision tells it from the product of
+    a linear layer, so that no `model.remat` keeps it (mila_jax/model/remat.py).
     """
     cos, sin = (jnp.repeat(table, 2, -1)[..., :, None, :] for table in tables)  # [..., t, 1, e]
     width = x.shape[-1]

@@ -30,12 +30,18 @@ def keep(x, name: str):
     return checkpoint_name(x, name)
 
 
+def _linear(primitive, *operands, **parameters):
+    """Whether a value is the result of a linear layer: a product without batch axes and without a precision of its own (`layers.rotate`)."""
+    chosen = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters)
+    return chosen and parameters.get("precision") is None
+
+
 def _policies() -> dict:
     p = jax.checkpoint_policies
     attention = p.save_only_these_names(RESIDUALS, ATTENTION)
     return {
-        "dots+attention": p.save_from_both_policies(p.dots_with_no_batch_dims_saveable, attention),
-        "dots": p.dots_with_no_batch_dims_saveable,
+        "dots+attention": p.save_from_both_policies(_linear, attention),
+        "dots": _linear,
         "attention+mlp": p.save_only_these_names(RESIDUALS, ATTENTION, HIDDEN),
         "attention": attention,
         "block": p.nothing_saveable,
