@@ -13,4 +13,5 @@ def get_config():
     """Settings of the wide model."""
     c = xl128.get_config()
     c.model.width, c.model.depth, c.model.heads = 2048, 9, 16
+    c.model.remat = "block"
     return c
