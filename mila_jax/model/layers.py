@@ -49,6 +49,25 @@ def parameter(rngs: nnx.Rngs, shape, init, axes, matrix_shape=None):
     return nnx.Param(value, out_sharding=axes)
 
 
+@jax.custom_vjp
+def product(x, kernel):
+    """x [..., inputs] times kernel [inputs, outputs]."""
+    return x @ kernel
+
+
+def _product_backward(saved, g):
+    # The kernel's gradient as XLA's CPU compiler takes it best: it copies the narrower of the two, transposed, and nothing else.
+    # Left to automatic differentiation it copies the wider one and takes a slower routine.
+    x, kernel = saved
+    tokens = tuple(range(x.ndim - 1))
+    wider = kernel.shape[0] <= kernel.shape[1]
+    dkernel = jnp.tensordot(x, g, (tokens, tokens)) if wider else jnp.tensordot(g, x, (tokens, tokens)).T
+    return g @ kernel.T, dkernel
+
+
+product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
 class Linear(nnx.Module):
     """y = x W + b with W [inputs, outputs]; computes in the type of x."""
 
@@ -57,7 +76,7 @@ class Linear(nnx.Module):
         self.bias = parameter(rngs, (outputs,), zeros, axes[1:])
 
     def __call__(self, x):
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        return product(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -78,9 +97,19 @@ class MLP(nnx.Module):
         return self.fc2(self.activation(hidden))
 
 
+@jax.custom_vjp
 def gelu_tanh(x):
-    """GELU in its tanh form (the published MLP's)."""
+    """GELU in its tanh form (the published MLP's). Its gradient keeps x alone and computes the rest again, in one pass."""
     return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_backward(x, g):
+    a, b = math.sqrt(2 / math.pi), 0.044715
+    tanh = jnp.tanh(a * (x + b * x**3))
+    return (g * (0.5 * (1 + tanh) + 0.5 * a * x * (1 - tanh * tanh) * (1 + 3 * b * x * x)),)
+
+
+gelu_tanh.defvjp(lambda x: (jax.nn.gelu(x, approximate=True), x), _gelu_backward)
 
 
 def layer_norm(x, eps=1e-6):
@@ -89,6 +118,31 @@ def layer_norm(x, eps=1e-6):
     mean = y.mean(-1, keepdims=True)
     centred = y - mean
     return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def modulated_norm(x, shift, scale):
+    """LayerNorm of x [..., n, d], times 1 + scale, plus shift (both [..., 1, d]). Its gradient keeps x and the statistics alone."""
+    return layer_norm(x) * (1 + scale) + shift
+
+
+def _modulated_forward(x, shift, scale):
+    return modulated_norm(x, shift, scale), (x, scale)
+
+
+def _modulated_backward(saved, g):
+    x, scale = (y.astype(jnp.float32) for y in saved)
+    mean = x.mean(-1, keepdims=True)
+    centred = x - mean
+    inverse = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-6)
+    norm, wide = centred * inverse, g.astype(jnp.float32)
+    scaled = wide * (1 + scale)
+    dx = inverse * (scaled - scaled.mean(-1, keepdims=True) - norm * (scaled * norm).mean(-1, keepdims=True))
+    sums = (jnp.sum(y, -2, keepdims=True).astype(g.dtype) for y in (wide, wide * norm))
+    return dx.astype(g.dtype), *sums
+
+
+modulated_norm.defvjp(_modulated_forward, _modulated_backward)
 
 
 def rms_norm(x, weight, eps=1e-6):
@@ -151,13 +205,20 @@ def ray_rotary_tables(rays, columns: int, head_width: int):
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.custom_vjp
 def rotate(x, tables):
-    """Rotary embedding of x [..., t, k, e] by interleaved pairs (x₀x₁)(x₂x₃)…; tables [..., t, e/2], e.g. from `rotary_tables`."""
+    """Rotary embedding of x [..., t, k, e] by interleaved pairs (x₀x₁)(x₂x₃)…; tables [..., t, e/2], e.g. from `rotary_tables`.
+
+    Differentiable in x only; its gradient turns back.
+    """
     cos, sin = (table[..., :, None, :] for table in tables)  # [..., t, 1, e/2]
     y = x.astype(jnp.float32)
     even, odd = y[..., 0::2], y[..., 1::2]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+rotate.defvjp(lambda x, tables: (rotate(x, tables), tables), lambda tables, g: (rotate(g, (tables[0], -tables[1])), None))
 
 
 def fourier(x, longest: float, shortest: float, bands: int):
