@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   mila generate --data=DIR --scene=scene-0008 --seconds=8 --out=DIR
   mila generate --frames=FOLDER --waypoints=left --text="Rain, turn left" --seconds=8 --out=DIR
   mila evaluate --config.data.dir=DIR --out=FILE
+  mila plan --config=configs/default.py --topology=v5p:4x4x4        memory and modelled speed on a TPU slice, without one
   mila doctor                                          what is installed, what is missing and how to get it
 
 Every setting of the config can be changed: --config.train.steps=100 (configs/default.py lists them all).
@@ -64,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", default=None, metavar="FILE", help="write the scores as JSON")
     evaluate.add_argument("--clips", type=int, default=4, help="held-out clips to generate")
     evaluate.add_argument("--seconds", type=float, default=2.0, help="length of each")
+    from mila_jax.parallel.aot.options import add_arguments
+
+    add_arguments(command("plan", "compile the real step for a TPU slice ahead of time: memory, FLOPs, collectives, modelled utilisation"))
     command("doctor", "versions, devices, memory, what is missing and how to get it")
     return parser
 
@@ -120,6 +124,10 @@ def main(argv=None) -> int:
             from mila_jax import doctor
 
             return doctor.main()
+        if options.command == "plan":  # the step is compiled in a process of its own: no accelerator is touched here
+            from mila_jax.parallel.aot.command import plan_command
+
+            return plan_command(options, rest)
         from mila_jax.config import load_config
 
         return _run(options, load_config(options.config, rest))

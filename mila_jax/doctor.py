@@ -84,7 +84,8 @@ def _devices():
     if importlib.util.find_spec("jax") is None:
         return [Check("devices", MISSING, "JAX is not installed", _SETUP)]
     tpu = importlib.util.find_spec("libtpu") is not None
-    found = [Check("libtpu", OK, "installed" if tpu else "not installed (only TPU machines need it: pip install 'jax[tpu]')")]
+    without = "not installed (only TPU machines and mila plan need it: pip install 'jax[tpu]')"
+    found = [Check("libtpu", OK, "installed; mila plan can compile for TPU slices" if tpu else without)]
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if tpu and (not platforms or "tpu" in platforms.split(",")):
         detail = "not counted: with libtpu that would claim the chips; JAX_PLATFORMS=cpu mila doctor looks past it"

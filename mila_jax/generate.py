@@ -65,6 +65,13 @@ def stage_conditions(start: list[Start], windows: Windows | None) -> Conditions 
     )
 
 
+def generation_velocity(graphdef, params, dit, prior, generate):
+    """The velocity that windows are denoised with: the network, guided as the config's `generate` section says."""
+    velocity = make_velocity(graphdef, params, dit, prior)
+    drops = (conditions_module.drop_text, conditions_module.drop_waypoints)
+    return guided(velocity, drops, (generate.guidance_text, generate.guidance_waypoints))
+
+
 class Generator:
     """A model with its sampler; compiles once per plan."""
 
@@ -87,11 +94,9 @@ class Generator:
 
     def _compile(self, plan):
         model, g = self.model, self.config.generate
-        drops = (conditions_module.drop_text, conditions_module.drop_waypoints)
 
         def run(params, first, coarse, refine, bootstrap, key):
-            velocity = make_velocity(model.graphdef, params, model.dit, model.covariance)
-            velocity = guided(velocity, drops, (g.guidance_text, g.guidance_waypoints))
+            velocity = generation_velocity(model.graphdef, params, model.dit, model.prior, g)
             return rollout(velocity, first, plan, coarse, refine, key, self.options, bootstrap_conditions=bootstrap)
 
         return jax.jit(run)

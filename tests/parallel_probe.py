@@ -39,17 +39,17 @@ def recorder() -> optax.GradientTransformation:
     )
 
 
-def make_clip(seed: int = 0) -> dict:
+def make_clip(sizes=None) -> dict:
     """Random clips, as `data_pipeline.clips` makes them."""
-    r = np.random.default_rng(seed)
-    b, v, t, h, w = SIZES.values()
+    r = np.random.default_rng(0)
+    b, v, t, h, w = (sizes or SIZES).values()
     rotation = r.normal(size=(b, v, t, 4))
     extrinsics = np.concatenate([r.normal(size=(b, v, t, 3)), rotation / np.linalg.norm(rotation, axis=-1, keepdims=True)], -1)
     return dict(
         latents=r.normal(size=(b, v, t, h, w, 2)).astype(np.float32), text=r.normal(size=(b, 3, 6)).astype(np.float32),
-        text_mask=np.arange(3) < np.array([[3], [2], [3], [1]]), waypoints=r.normal(size=(b, t, 3)).astype(np.float32),
+        text_mask=np.arange(3) < np.array([[3], [2], [3], [1]])[:b], waypoints=r.normal(size=(b, t, 3)).astype(np.float32),
         intrinsics=np.full((b, v, t, 4), 1.5, np.float32), extrinsics=extrinsics.astype(np.float32),
-        frame_times=np.tile(np.arange(t) / 12, (b, 1)).astype(np.float32), fps=np.full(b, 12.0, np.float32), conditioning=np.array([1, 2, 1, 2], np.int32),
+        frame_times=np.tile(np.arange(t) / 12, (b, 1)).astype(np.float32), fps=np.full(b, 12.0, np.float32), conditioning=np.array([1, 2, 1, 2], np.int32)[:b],
     )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def run(case, config=CONFIG) -> dict:
         with jax.set_mesh(mesh):
             state = create_state(mesh, config, recorder(), 0, random_parameters())
             clip = jax.device_put(make_clip(), batches)
-    static = dict(graphdef=graphdef, config=config, covariance=None)
+    static = dict(graphdef=graphdef, config=config, prior=None)
     key = jax.random.key(3)
     with jax.set_mesh(mesh):
         step = jit_train_step(shardings, batches, rules=rules, objective=OBJECTIVE, tx=recorder(), **static).lower(state, clip, key).compile()

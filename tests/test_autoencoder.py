@@ -22,7 +22,7 @@ from mila_jax.model.autoencoder_weights import (
     training_card,
 )
 from mila_jax.parity import autoencoder_kl
-from mila_jax.train.autoencoder import AutoencoderTraining, psnr, train_autoencoder
+from mila_jax.train.autoencoder import AutoencoderTraining, draw_moves, moved, psnr, train_autoencoder
 
 TINY = AutoencoderConfig(block_out_channels=(8, 16), layers_per_block=1, latent_channels=3, norm_num_groups=4, pixel_unshuffle=2)
 CONFIGS = [
@@ -208,6 +208,49 @@ def test_training_learns_and_resumes_bit_for_bit(tmp_path):
 def load_bytes(path):
     """All weights of a file as bytes."""
     return {name: value.tobytes() for name, value in to_published(load_autoencoder(path)[1]).items()}
+
+
+def test_moves_shift_and_enlarge_about_the_middle():
+    x = np.random.default_rng(0).normal(size=(3, 8, 16, 2)).astype(np.float32)
+    shift, zoom = np.array([[0, 0], [0.25, -0.125], [0, 0]], np.float32), np.array([1, 1, 2], np.float32)
+    y, inside = (np.asarray(a) for a in moved(x, (shift, zoom)))
+    np.testing.assert_array_equal(y[0], x[0])
+    assert inside[0].all()
+    np.testing.assert_allclose(y[1, :6, 2:], x[1, 2:, :14], atol=1e-6)  # two rows down, two columns to the left
+    assert inside[1, :6, 2:].all() and not inside[1, 6:].any() and not inside[1, :, :2].any()
+    # Twice as large: a pixel of the result is three quarters of the nearest and a quarter of the next, along each axis.
+    rows = 0.75 * x[2, 2:6, 4:12] + 0.25 * x[2, 1:5, 4:12]
+    want = 0.75 * rows + 0.25 * (0.75 * x[2, 2:6, 3:11] + 0.25 * x[2, 1:5, 3:11])
+    np.testing.assert_allclose(y[2, 0::2, 0::2], want, atol=1e-6)
+
+
+def test_moves_are_the_same_for_images_and_latents():
+    """What is shifted by a whole latent is shifted by `compression` pixels."""
+    images = np.repeat(np.repeat(np.random.default_rng(0).normal(size=(1, 4, 6, 1)), 8, 1), 8, 2).astype(np.float32)
+    move = (np.array([[0.25, 0]], np.float32), np.ones(1, np.float32))
+    y, _ = moved(images, move)
+    z, _ = moved(images[:, ::8, ::8], move)
+    np.testing.assert_allclose(y[:, :24:8], z[:, :3].repeat(8, 2), atol=1e-5)
+
+
+def test_a_share_of_the_images_is_moved():
+    config = AutoencoderTraining(model=TINY, equivariance=0.5)
+    shift, zoom = (np.asarray(a) for a in draw_moves(jax.random.key(0), 2000, config))
+    still = (shift == 0).all(1)
+    assert 0.45 < still.mean() < 0.55 and (zoom[still] == 1).all()
+    assert 0.2 < (zoom > 1).mean() < 0.3 and np.abs(shift).max() <= 0.12 and zoom.max() <= 1.4
+
+
+def test_training_goes_on_from_a_weights_file(tmp_path, tiny_file):
+    frames = smooth_frames(8)
+    config = AutoencoderTraining(model=TINY, batch_size=4)
+    path = train_autoencoder(frames, frames, config, tmp_path / "run", 5, minutes=0, init_from=tiny_file, progress=False)
+    assert load_bytes(path) == load_bytes(tiny_file)
+    with pytest.raises(UserError, match="another"):
+        train_autoencoder(frames, frames, config, tmp_path / "run", 5, progress=False)
+    other = dataclasses.replace(config, model=dataclasses.replace(TINY, latent_channels=5))
+    with pytest.raises(UserError, match="has other sizes"):
+        train_autoencoder(frames, frames, other, tmp_path / "other", 5, init_from=tiny_file, progress=False)
 
 
 def test_training_refuses_another_runs_folder_and_sizes_that_do_not_divide(tmp_path):

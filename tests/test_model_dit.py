@@ -12,6 +12,7 @@ from mila_jax.errors import UserError
 from mila_jax.model import stdit3_weights
 from mila_jax.model.conditions import Conditions, drop_text, drop_waypoints
 from mila_jax.model.dit import DiTConfig
+from mila_jax.model.layers import ray_rotary_tables, rotate
 from mila_jax.parity import __main__ as parity
 from mila_jax.parity import stdit3
 
@@ -90,8 +91,9 @@ def test_one_view_without_new_conditions_is_the_base_model():
     np.testing.assert_allclose(ours, nnx.merge(base_def, base)(x, steps, conditions), atol=1e-6)
 
 
-def test_views_permute_with_their_cameras():
-    graphdef, params = stdit3_weights.create(CONFIG)
+@pytest.mark.parametrize("ray_rotary", [False, True])
+def test_views_permute_with_their_cameras(ray_rotary):
+    graphdef, params = stdit3_weights.create(dataclasses.replace(CONFIG, ray_rotary=ray_rotary))
     params = randomised(params)
     forward = jax.jit(lambda *a: nnx.merge(graphdef, params)(*a))
     x = jax.random.normal(jax.random.key(0), (1, 6, 3, 4, 6, 2))
@@ -113,6 +115,24 @@ def test_views_see_each_other_within_a_frame_only_through_time():
     change = jnp.abs(forward(x.at[0, 2, 1].add(1.0)) - forward(x)).max((0, 3, 4, 5))
     assert (change[:, 1] > 1e-5).all()  # every view of the changed frame
     assert (change[2] > 1e-5).all()  # every frame of the changed view
+
+
+def test_attention_weights_depend_on_directions_relative_to_each_other():
+    """Turning all cameras together about the vertical leaves the products of rotated queries and keys as they are."""
+    r = np.random.default_rng(0)
+    rays = jnp.asarray(r.normal(size=(5, 3)), jnp.float32)
+    angle = 1.1
+    turned = jnp.stack([np.cos(angle) * rays[:, 0] - np.sin(angle) * rays[:, 1], np.sin(angle) * rays[:, 0] + np.cos(angle) * rays[:, 1], rays[:, 2]], -1)
+    q, k = jnp.asarray(r.normal(size=(2, 5, 1, 12)), jnp.float32)
+
+    def products(directions):
+        tables = ray_rotary_tables(directions, 7, 12)
+        return jnp.einsum("qke,ske->qs", rotate(q, tables), rotate(k, tables))
+
+    np.testing.assert_allclose(products(turned), products(rays), atol=1e-4)
+    raised = rays.at[:, 2].add(0.5)
+    assert float(jnp.abs(products(raised) - products(rays)).max()) > 0.05
+    assert float(jnp.abs(products(rays) - jnp.einsum("qke,ske->qs", q, k)).max()) > 0.1
 
 
 def test_null_conditions_are_learned_not_zero():

@@ -5,23 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from mila_jax.model.motion import carry
-from mila_jax.model.precondition import SCALES, correlation_basis, covariance, fit_covariance, linear_denoiser, measure_correlations, preconditioned
+from mila_jax.model.precondition import (
+    SCALES, Prior, correlation_parts, covariance, fit_weights, linear_denoiser, measure_prior, preconditioned, principal_components,
+)  # fmt: skip
 from tests.test_model_motion import _rig
 
 TIMES = jnp.asarray([[-1 / 12, 0.0, 1 / 12, 2 / 12, 0.5]])
 WAYPOINTS = jnp.asarray([[[-0.8, 0, 0], [0, 0, 0], [0.8, 0.1, 0.05], [1.7, 0.2, 0.1], [5.0, 0.5, 0.2]]])
 LEVELS = jnp.broadcast_to(jnp.asarray([0.0, 0.0, 0.9, 0.7, 0.3]), (1, 6, 5))
+VARIANCES = np.array([3.0, 0.4])
 
 
 def _weights():
-    r = np.random.default_rng(0).uniform(0.02, 1, (6, len(SCALES)))
-    return (r / r.sum(1, keepdims=True)).astype(np.float32)
+    r = np.random.default_rng(0).uniform(0.02, 1, (6, 2, len(SCALES)))
+    return (VARIANCES[:, None] * r / r.sum(-1, keepdims=True)).astype(np.float32)
 
 
-def _covariance(view: int) -> np.ndarray:
+def _covariance(view: int, component: int) -> np.ndarray:
     """K by its definition, in float64."""
     k = np.zeros((5, 5))
-    for w, (tau, length) in zip(_weights()[view].astype(np.float64), SCALES):
+    for w, (tau, length) in zip(_weights()[view, component].astype(np.float64), SCALES):
         for i in range(5):
             for j in range(5):
                 gap, far = abs(float(TIMES[0, i] - TIMES[0, j])), float(jnp.linalg.norm(WAYPOINTS[0, i, :2] - WAYPOINTS[0, j, :2]))
@@ -30,24 +33,25 @@ def _covariance(view: int) -> np.ndarray:
 
 
 def _carried():
-    return jax.random.normal(jax.random.key(0), (1, 6, 5, 5, 2, 3, 1))
+    return jax.random.normal(jax.random.key(0), (1, 6, 5, 5, 2, 3, 2))
 
 
 def test_is_the_conditional_law_of_the_process():
     z = _carried()
     x, v, std = linear_denoiser(z, LEVELS, covariance(TIMES, WAYPOINTS, _weights()))
     for view in range(6):
-        k = _covariance(view)
-        s = np.asarray(LEVELS[0, view], np.float64)
-        a = np.diag(1 - s)
-        joint = a @ k @ a + np.diag(s**2) + 1e-5 * np.eye(5)
-        cross = k @ a - np.diag(s)
-        for i in range(5):  # each frame is estimated from all frames as it sees them
-            data = np.asarray(z[0, view, i], np.float64).reshape(5, -1)
-            np.testing.assert_allclose(np.asarray(x[0, view, i]).reshape(-1), (k @ a @ np.linalg.solve(joint, data))[i], atol=2e-3)
-            np.testing.assert_allclose(np.asarray(v[0, view, i]).reshape(-1), (cross @ np.linalg.solve(joint, data))[i], atol=2e-3)
-        variance = np.diag(k + np.eye(5) - cross @ np.linalg.solve(joint, cross.T))
-        np.testing.assert_allclose(std[0, view] ** 2, variance, atol=2e-3)
+        for c in range(2):
+            k = _covariance(view, c)
+            s = np.asarray(LEVELS[0, view], np.float64)
+            a = np.diag(1 - s)
+            joint = a @ k @ a + np.diag(s**2) + 1e-5 * np.eye(5)
+            cross = k @ a - np.diag(s)
+            for i in range(5):  # each frame is estimated from all frames as it sees them
+                data = np.asarray(z[0, view, i, ..., c], np.float64).reshape(5, -1)
+                np.testing.assert_allclose(np.asarray(x[0, view, i, ..., c]).reshape(-1), (k @ a @ np.linalg.solve(joint, data))[i], atol=2e-3)
+                np.testing.assert_allclose(np.asarray(v[0, view, i, ..., c]).reshape(-1), (cross @ np.linalg.solve(joint, data))[i], atol=2e-3)
+            variance = np.diag(k + np.eye(5) - cross @ np.linalg.solve(joint, cross.T))
+            np.testing.assert_allclose(std[0, view, :, c] ** 2, variance, atol=2e-3)
 
 
 def test_clean_frames_are_returned_and_velocity_is_consistent():
@@ -60,8 +64,8 @@ def test_clean_frames_are_returned_and_velocity_is_consistent():
 
 
 def test_one_independent_frame_is_the_scalar_formula():
-    weights = np.zeros((1, len(SCALES)), np.float32)
-    weights[0, 0] = 1
+    weights = np.zeros((1, 1, len(SCALES)), np.float32)
+    weights[0, 0, 0] = 1
     s = 0.6
     z = jnp.full((1, 1, 2, 2, 1, 1, 1), 2.0)
     k = covariance(jnp.asarray([[0.0, 1.0]]), jnp.zeros((1, 2, 3)), weights)
@@ -82,52 +86,69 @@ def _conditions():
 
 
 def test_wrapper_scales_the_network_and_shows_it_the_estimate():
-    y = jax.random.normal(jax.random.key(1), (1, 6, 5, 2, 3, 1))
+    y = jax.random.normal(jax.random.key(1), (1, 6, 5, 2, 3, 2))
     c = _conditions()
+    basis = np.array([[0.8, -0.6], [0.6, 0.8]], np.float32)
     seen = {}
 
     def network(latents, levels, conditions):
         seen["input"] = latents
-        return jnp.ones_like(latents[..., :1])
+        return jnp.ones_like(latents[..., :2])
 
-    v = preconditioned(network, _weights())(y, LEVELS, c)
+    v = preconditioned(network, Prior(basis, _weights()))(y, LEVELS, c)
     k = covariance(TIMES, WAYPOINTS, _weights())
-    x, base, std = linear_denoiser(carry(y, WAYPOINTS, c.intrinsics, c.extrinsics), LEVELS, k)
-    np.testing.assert_allclose(v - base, np.broadcast_to(std[..., None, None, None], v.shape), atol=1e-5)
-    np.testing.assert_allclose(seen["input"][..., 1:], x, atol=1e-6)
-    assert float(jnp.abs(seen["input"][..., 1:] - seen["input"][..., :1])[:, :, 2:].mean()) > 0.1
+    x, base, std = linear_denoiser(carry(y @ basis, WAYPOINTS, c.intrinsics, c.extrinsics), LEVELS, k)
+    np.testing.assert_allclose(v @ basis - base, np.broadcast_to(std[:, :, :, None, None], v.shape), atol=1e-5)
+    np.testing.assert_allclose(seen["input"][..., :2], y @ basis, atol=1e-6)
+    np.testing.assert_allclose(seen["input"][..., 2:], x, atol=1e-6)
 
 
 def test_weights_are_recovered_from_correlations():
     r = np.random.default_rng(0)
     gaps, distances = r.uniform(1 / 12, 3, 400), r.uniform(0, 30, 400)
-    basis = np.asarray(correlation_basis(jnp.asarray(gaps), jnp.asarray(distances)), np.float64)
-    want = basis @ _weights().T
-    weights = fit_covariance(want + r.normal(0, 0.02, want.shape), gaps, distances)
-    assert weights.shape == (6, len(SCALES)) and (weights >= 0).all()
-    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
-    np.testing.assert_allclose(basis @ weights.T.astype(np.float64), want, atol=0.03)
+    parts = np.asarray(correlation_parts(jnp.asarray(gaps), jnp.asarray(distances)), np.float64)
+    want = np.einsum("nm,vcm->nvc", parts, _weights())
+    variances = np.broadcast_to(VARIANCES, (6, 2))
+    weights = fit_weights(want + r.normal(0, 0.02, want.shape) * variances, variances, gaps, distances)
+    assert weights.shape == (6, 2, len(SCALES)) and (weights >= 0).all()
+    np.testing.assert_allclose(weights.sum(-1), variances, rtol=1e-5)
+    np.testing.assert_allclose(np.einsum("nm,vcm->nvc", parts, weights) / variances, want / variances, atol=0.03)
 
 
-def test_correlations_of_a_still_scene_are_one_and_of_noise_nothing():
+def test_principal_components_are_a_rotation_that_separates_channels():
+    r = np.random.default_rng(0)
+    x = r.normal(size=(500, 3)) @ np.diag([3, 1, 0.1]) @ np.linalg.qr(r.normal(size=(3, 3)))[0]
+    basis = principal_components(x)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-9)
+    moments = (x @ basis).T @ (x @ basis) / 500
+    np.testing.assert_allclose(moments - np.diag(np.diag(moments)), 0, atol=1e-9)
+    assert moments[0, 0] > moments[1, 1] > moments[2, 2]
+
+
+def test_a_still_scene_is_known_for_ever_and_noise_not_at_all():
     """A scene is measured through its poses and cameras as the reader gives them."""
     r = np.random.default_rng(0)
     intrinsics, extrinsics = (np.asarray(x)[0].swapaxes(0, 1) for x in _rig(40))
     scene = {"times": np.arange(40) / 12, "intrinsics": intrinsics, "cam2ego_translation": extrinsics[..., :3], "cam2ego_rotation": extrinsics[..., 3:]}
     scene["ego_translation"], scene["ego_rotation"] = np.zeros((40, 6, 3)), np.broadcast_to([1.0, 0, 0, 0], (40, 6, 4))
-    still = scene | {"latents": np.broadcast_to(r.normal(size=(1, 6, 8, 14, 4)), (40, 6, 8, 14, 4)).astype(np.float16)}
-    correlations, gaps, distances = measure_correlations([still])
-    np.testing.assert_allclose(correlations.mean(0), 1, atol=0.02)
-    assert distances.max() == 0 and gaps.min() > 0.08
-    noise = scene | {"latents": r.normal(size=(40, 6, 8, 14, 4)).astype(np.float16)}
-    assert np.abs(measure_correlations([noise])[0].mean()) < 0.05
+    times, still = jnp.asarray([[0.0, 2.0]]), jnp.zeros((1, 2, 3))
+
+    def share(latents):
+        """Correlation over two seconds that the fitted prior has, mean over views and components."""
+        k = covariance(times, still, measure_prior([scene | {"latents": latents}]).weights)
+        return float((k[..., 0, 1] / k[..., 0, 0]).mean())
+
+    picture = np.broadcast_to(r.normal(size=(1, 6, 8, 14, 4)), (40, 6, 8, 14, 4))
+    assert share(picture.astype(np.float16)) > 0.95
+    assert share(r.normal(size=(40, 6, 8, 14, 4)).astype(np.float16)) < 0.1
 
 
 def test_gradients_do_not_flow_into_the_prior():
-    y = jax.random.normal(jax.random.key(1), (1, 6, 5, 2, 3, 1))
+    y = jax.random.normal(jax.random.key(1), (1, 6, 5, 2, 3, 2))
+    prior = Prior(np.eye(2, dtype=np.float32), _weights())
 
     def total(x, scale):
-        return preconditioned(lambda x, *_: scale * jnp.ones_like(x[..., :1]), _weights())(x, LEVELS, _conditions()).sum()
+        return preconditioned(lambda x, *_: scale * jnp.ones_like(x[..., :2]), prior)(x, LEVELS, _conditions()).sum()
 
     through, by_scale = jax.grad(total, argnums=(0, 1))(y, 1.0)
     assert float(jnp.abs(through).max()) == 0 and float(by_scale) > 0

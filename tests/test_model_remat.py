@@ -16,16 +16,22 @@ from tests.test_model_dit import make_conditions
 CONFIG = DiTConfig(width=16, depth=2, heads=2, in_channels=2, out_channels=2, text_width=6, text_length=3, pred_sigma=False, fourier_bands=2, unroll=1)
 
 
+def inner_programs(equation):
+    """The programs in an equation's parameters (of scan, checkpoint, jit, …)."""
+    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns"):
+            yield inner
+
+
 def count(jaxpr) -> collections.Counter:
     """Primitives of a program, inner programs included; transfers to the host as "to_host"."""
     found = collections.Counter()
     for equation in jaxpr.eqns:
         found[equation.primitive.name] += 1
         found["to_host"] += equation.primitive.name == "device_put" and "host" in str(equation.params["devices"]).lower()
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                found += count(inner)
+        for inner in inner_programs(equation):
+            found += count(inner)
     return found
 
 

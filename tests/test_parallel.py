@@ -1,5 +1,10 @@
 """Mesh sizes and logical rules."""
 
+import dataclasses
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -7,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 from mila_jax.errors import UserError
 from mila_jax.parallel.logical import AXES, constrain, rules_of, spec, use_rules
 from mila_jax.parallel.mesh import check_divides, make_mesh
+from mila_jax.parallel.placement import arrange
+from tests.tpu_compiler import ROOT, TPU_ENVIRONMENT
 
 ONE = dict.fromkeys(AXES, 1)
 
@@ -75,3 +82,52 @@ def test_rules_that_cannot_work_name_the_key(mode, changes, key):
 def test_one_mesh_axis_splits_one_axis_of_an_array():
     with use_rules(**rules_of("none", {"embed": "tensor"})), pytest.raises(UserError, match="tensor"):
         spec("embed", "mlp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as the mesh looks at."""
+
+    id: int
+    slice_index: int | None = None
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+def test_slices_lie_along_data_only():
+    devices = [Device(i, slice_index=i % 2) for i in range(16)]  # slices interleaved, as they may be listed
+    mesh = arrange((4, 2, 2, 1), devices)
+    assert mesh.shape == (4, 2, 2, 1)
+    for index in range(4):
+        assert {d.slice_index for d in mesh[index].flat} == {index // 2}
+    assert sorted(d.id for d in mesh.flat) == list(range(16))
+
+
+def test_devices_without_slices_can_be_split_in_their_order():
+    mesh = arrange((4, 2, 1, 1), [Device(i) for i in range(8)], dcn_data=2)
+    assert {d.id for d in mesh[:2].flat} == {0, 1, 2, 3}
+    assert {d.id for d in mesh[2:].flat} == {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("shape, slices, dcn_data, key", [((1, 8, 1, 1), 2, -1, "mesh.data"), ((2, 4, 1, 1), 2, 4, "mesh.dcn_data"), ((4, 2, 1, 1), 1, 4, "mesh.dcn_data")])
+def test_slices_that_do_not_fit_name_the_key(shape, slices, dcn_data, key):
+    with pytest.raises(UserError, match=key):
+        arrange(shape, [Device(i, slice_index=i % slices, platform="tpu", device_kind="none") for i in range(8)], dcn_data)
+
+
+@pytest.mark.tpu_backend
+def test_mesh_of_a_topology_that_no_axis_fits():
+    """v6e 8×8 as 16×4 cuts an axis of the torus; slices of two stay apart."""
+    code = (
+        "from jax.experimental import topologies; from mila_jax.parallel.mesh import make_mesh\n"
+        "get = lambda name, **k: topologies.get_topology_desc(platform='tpu', topology_name=name, **k).devices\n"
+        "one = dict(data=1, fsdp=-1, context=4, tensor=1)\n"
+        "print(dict(make_mesh(one, get('v6e:8x8')).shape), dict(make_mesh(one, get('v5p:4x4x4')).shape))\n"
+        "two = make_mesh(dict(data=2, fsdp=-1, context=2, tensor=1, dcn_data=2), get('v5e:2x4', num_slices=2))\n"
+        "print([sorted({d.slice_index for d in part.flat}) for part in two.devices])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ | TPU_ENVIRONMENT, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-2000:]
+    shape = "{'data': 1, 'fsdp': 16, 'context': 4, 'tensor': 1}"
+    assert run.stdout.splitlines() == [f"{shape} {shape}", "[[0], [1]]"]

@@ -9,7 +9,6 @@ import pytest
 
 from mila_jax.config import load_config
 from mila_jax.errors import UserError
-from mila_jax.model import stdit3_weights  # noqa: F401  (its import must not touch a device)
 from mila_jax.parallel.mesh import axis_sizes
 from mila_jax.parallel.table import format_table, sharding_table
 

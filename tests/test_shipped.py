@@ -72,7 +72,7 @@ def test_network_knows_more_than_linear_statistics(config, model):
     noise = jax.random.normal(jax.random.key(0), latents.shape)
     levels = jnp.broadcast_to(jnp.where(jnp.arange(8) < 2, 0.0, 0.6), latents.shape[:3])
     noisy, target = add_noise(latents, noise, levels), velocity_target(latents, noise)
-    velocity = jax.jit(lambda params: make_velocity(model.graphdef, params, model.dit, model.covariance)(noisy, levels, from_clip(clip)))
+    velocity = jax.jit(lambda params: make_velocity(model.graphdef, params, model.dit, model.prior)(noisy, levels, from_clip(clip)))
 
     def error(params):
         return float(masked_loss(velocity(params), target, levels > 0).mean)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 
 from mila_jax.model.attention import SPATIAL, attend, attend_spatially
 from mila_jax.model.splash import BLOCKS, attend_splash, choose_block, splash
+from tests.tpu_compiler import ROOT, TPU_ENVIRONMENT
 
 
 @pytest.mark.parametrize("length, largest, block", [(2688, 896, 896), (5520, 896, 512), (100, 896, 128), (384, 896, 384), (1000, 896, 512), (130, 896, 256)])
@@ -58,12 +58,6 @@ def test_elsewhere_than_on_tpus_it_is_xla():
     assert "pallas" in on_tpu
 
 
-TPU_ENVIRONMENT = {  # one setting serves every chip; it names a slice that this machine pretends to be a host of
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0", "TPU_LOG_DIR": "disabled", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}  # fmt: skip
-
-
 @pytest.mark.tpu_backend
 @pytest.mark.parametrize(
     "topology, heads, head, tokens", [("v5e:2x2", 9, 128, 2688), ("v5p:2x2x1", 16, 72, 2688), ("v6e:2x2", 16, 72, 5520), ("tpu7x:2x2x1", 9, 128, 5520)]
@@ -72,7 +66,7 @@ def test_compiles_ahead_of_time(topology, heads, head, tokens):
     """Forward and the fused backward, for lengths that are and are not multiples of the block; no scores in memory, no transfers."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.aot_probe", topology, str(heads), str(head), str(tokens)], capture_output=True, text=True, timeout=500,
-        env=os.environ | TPU_ENVIRONMENT, cwd=pathlib.Path(__file__).parents[1],
+        env=os.environ | TPU_ENVIRONMENT, cwd=ROOT,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(run.stdout.split("RESULT")[1])

@@ -158,6 +158,11 @@ class Report:
         """series: dict name -> list of (x, y); see `curve_svg`."""
         self._figure(curve_svg(series, log_y), caption)
 
+    def add_svg(self, svg, caption=""):
+        """svg: SVG text made by this package (it is not escaped); nothing is added if it is empty."""
+        if svg:
+            self._figure(svg, caption)
+
     def add_code(self, text, caption=""):
         """Preformatted text, such as a configuration."""
         self._figure(f"<pre>{html.escape(text)}</pre>", caption)

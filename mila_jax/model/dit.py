@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from mila_jax.errors import UserError
-from mila_jax.model.attention import KERNELS, SPATIAL, TEMPORAL, CrossAttention, SelfAttention
+from mila_jax.model.attention import KERNELS, SPATIAL, TEMPORAL, TEMPORAL_KERNELS, CrossAttention, SelfAttention
 from mila_jax.model.conditions import Conditions
 from mila_jax.model.motion import camera_rays
 from mila_jax.model.remat import NAMES as REMAT
@@ -50,6 +50,7 @@ class DiTConfig:
     dtype: str = "float32"  # compute type
     remat: str = "none"  # what is kept for the backward pass: mila_jax/model/remat.py
     attention_kernel: str = "xla"  # xla | splash, of spatial attention
+    temporal_kernel: str = "xla"  # xla | fused, of temporal attention
     unroll: int | None = None  # pairs in one iteration of the scan over them; None: all of a short stack, one of a deep one
 
     def check(self) -> None:
@@ -67,6 +68,10 @@ class DiTConfig:
             raise UserError(f"model.width={self.width} must be a multiple of 4 (position table); change model.width")
         if self.attention_kernel not in KERNELS:
             raise UserError(f"attention.kernel={self.attention_kernel!r} is unknown; use one of {', '.join(KERNELS)}")
+        if self.temporal_kernel not in TEMPORAL_KERNELS:
+            raise UserError(f"attention.temporal={self.temporal_kernel!r} is unknown; use one of {', '.join(TEMPORAL_KERNELS)}")
+        if self.temporal_kernel == "fused" and (not self.qk_norm or (self.width // self.heads) % 128):
+            raise UserError(f"attention.temporal=fused needs model.qk_norm and model.width/model.heads={self.width // self.heads} a multiple of 128")
         if self.remat not in REMAT:
             raise UserError(f"model.remat={self.remat!r} is unknown; use one of {', '.join(REMAT)}")
 
@@ -86,7 +91,7 @@ class Block(nnx.Module):
         d, last = config.width, zeros if temporal else xavier  # temporal blocks start as identity, as published
         self.temporal = temporal
         self.table = parameter(rngs, (6, d), normal(d**-0.5), (None, "embed"))
-        layout, kernel = (TEMPORAL, "xla") if temporal else (SPATIAL, config.attention_kernel)
+        layout, kernel = (TEMPORAL, config.temporal_kernel) if temporal else (SPATIAL, config.attention_kernel)
         self.attn = SelfAttention(d, config.heads, qk_norm=config.qk_norm, layout=layout, kernel=kernel, rngs=rngs, last=last)
         self.cross = CrossAttention(d, config.heads, rngs=rngs, last=last)
         self.mlp = MLP(d, int(d * config.mlp_ratio), d, rngs=rngs, activation=gelu_tanh, last=last, feature_axis="embed")

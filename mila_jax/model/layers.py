@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mila_jax.model.remat import HIDDEN, keep
@@ -205,20 +206,19 @@ def ray_rotary_tables(rays, columns: int, head_width: int):
     return jnp.cos(angles), jnp.sin(angles)
 
 
-@jax.custom_vjp
 def rotate(x, tables):
     """Rotary embedding of x [..., t, k, e] by interleaved pairs (x₀x₁)(x₂x₃)…; tables [..., t, e/2], e.g. from `rotary_tables`.
 
-    Differentiable in x only; its gradient turns back.
+    The partner of each element comes by a matrix of 0 and ±1, which is exact: taking pairs apart and together again makes the TPU
+    compiler copy the whole array in float32, with its last axis of two filled up to 128.
     """
-    cos, sin = (table[..., :, None, :] for table in tables)  # [..., t, 1, e/2]
-    y = x.astype(jnp.float32)
-    even, odd = y[..., 0::2], y[..., 1::2]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
-    return turned.reshape(x.shape).astype(x.dtype)
-
-
-rotate.defvjp(lambda x, tables: (rotate(x, tables), tables), lambda tables, g: (rotate(g, (tables[0], -tables[1])), None))
+    cos, sin = (jnp.repeat(table, 2, -1)[..., :, None, :] for table in tables)  # [..., t, 1, e]
+    width = x.shape[-1]
+    partner = np.zeros((width, width), np.float32)
+    partner[np.arange(1, width, 2), np.arange(0, width, 2)] = -1
+    partner[np.arange(0, width, 2), np.arange(1, width, 2)] = 1
+    turned = jnp.matmul(x, jnp.asarray(partner, x.dtype), precision="highest", preferred_element_type=jnp.float32)
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
 def fourier(x, longest: float, shortest: float, bands: int):

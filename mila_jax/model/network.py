@@ -1,11 +1,10 @@
 """From a config and parameters to `velocity(latents, levels, conditions)`, the network as `mila_jax.flow` sees it."""
 
-import jax.numpy as jnp
 from flax import nnx
 
 from mila_jax.errors import UserError
 from mila_jax.model.dit import DiT, DiTConfig
-from mila_jax.model.precondition import preconditioned
+from mila_jax.model.precondition import Prior, preconditioned
 
 PRECONDITIONS = ("none", "motion")
 
@@ -24,20 +23,20 @@ def dit_config(model, latent_channels: int, image_size, text_width: int, text_le
         text_width=text_width, text_length=text_length, mlp_ratio=model.mlp_ratio, image_size=tuple(image_size),
         input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
         fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), dtype=model.dtype, remat=model.remat,
-        attention_kernel=(attention or {}).get("kernel", "xla"),
+        attention_kernel=(attention or {}).get("kernel", "xla"), temporal_kernel=(attention or {}).get("temporal", "xla"),
     )  # fmt: skip
     config.check()
     return config
 
 
-def make_velocity(graphdef, params, config: DiTConfig, covariance_weights=None):
+def make_velocity(graphdef, params, config: DiTConfig, prior: Prior | None = None):
     """The velocity function of a `DiT` given as (graphdef, params).
 
-    covariance_weights: [v, m] of `precondition.fit_covariance` for a preconditioned network, None for a plain one.
+    prior: what a preconditioned network was trained with, None for a plain one.
     """
 
     def network(latents, levels, conditions):
         out = nnx.merge(graphdef, params)(latents, 1000.0 * levels, conditions)
         return out[..., : config.out_channels]
 
-    return network if covariance_weights is None else preconditioned(network, jnp.asarray(covariance_weights))
+    return network if prior is None else preconditioned(network, prior)

@@ -2,13 +2,14 @@
 
 Ours, not the paper's (switch: `model.precondition`; the large presets that load published weights leave it off). Frames of a
 driving video are strongly correlated once they are carried along the car's motion (`mila_jax.model.motion`), and some frames of a
-window are clean. For frame i, let z_j be frame j as the cameras at frame i would see it (z_i = y_i), and take every latent
-element as a Gaussian process with unit variance and covariance
+window are clean. Latents are first turned into their principal components (a rotation of the channels, so noise stays white). For
+frame i, let z_j be frame j as the cameras at frame i would see it (z_i = y_i), and take every element of component c as a
+Gaussian process with covariance
 
     K_ij = w_0 δ_ij + Σ_k w_k exp(-|t_i - t_j| / τ_k - |p_i - p_j| / ℓ_k)
 
-over the frames' times t and the car's places p. With z_j = (1-σ_j) x_j + σ_j ε_j, the posterior mean and variance of x_i and of
-the velocity x_i - ε_i given all frames of the window are then closed-form (a t×t solve per view):
+over the frames' times t and the car's places p, with weights of its own for each component and view. With z_j = (1-σ_j) x_j + σ_j ε_j, the posterior mean and variance of x_i and of
+the velocity x_i - ε_i given all frames of the window are then closed-form (a t×t solve per component and view):
 
     A = diag(1-σ), D = diag(σ), M = A K A + D²
     E[x | z] = K A M⁻¹ z,    E[v | z] = (K A - D) M⁻¹ z,    Var[v | z] = diag(K + I - (K A - D) M⁻¹ (K A - D)ᵀ)
@@ -19,19 +20,30 @@ Levels may differ from frame to frame, so clean frames, TPD and noisy anchors ne
 """
 
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import nnls
 
+from mila_jax import geometry
 from mila_jax.model.motion import carry
+from mila_jax.views import view_index
 
 # Pairs (seconds, metres) over which a part of the correlation falls by e; the first stands for what no two frames share.
 SCALES = ((0.0, 0.0), *itertools.product((0.3, 2.0, 1e4), (1.5, 6.0, 25.0, 1e4)))
 
 
-def correlation_basis(gap, distance):
+class Prior(NamedTuple):
+    """What is measured on the training latents: basis [c, c], whose columns are the principal components, and weights [v, c, m] of
+    the parts of the covariance, m = len(SCALES); they add up to the component's variance."""
+
+    basis: np.ndarray
+    weights: np.ndarray
+
+
+def correlation_parts(gap, distance):
     """The parts of the covariance at time gaps and distances [...] (seconds, metres) → [..., len(SCALES)], each 1 at (0, 0)."""
     same = ((gap == 0) & (distance == 0)).astype(gap.dtype)
     parts = [jnp.exp(-gap / tau - distance / length) for tau, length in SCALES[1:]]
@@ -39,97 +51,113 @@ def correlation_basis(gap, distance):
 
 
 def covariance(frame_times, waypoints, weights):
-    """K for frame_times [..., t] seconds, waypoints [..., t, 3] and weights [v, len(SCALES)] → [..., v, t, t] float32."""
+    """K for frame_times [b, t] seconds, waypoints [b, t, 3] and weights [v, c, len(SCALES)] → [b, v, c, t, t] float32."""
     gap = jnp.abs(frame_times[..., :, None] - frame_times[..., None, :])
     places = waypoints[..., :2]
     distance = jnp.sqrt(jnp.square(places[..., :, None, :] - places[..., None, :, :]).sum(-1))
-    basis = correlation_basis(gap, distance)
+    parts = correlation_parts(gap, distance)
     # Two frames at one time and place are still two frames: the first part is theirs alone.
-    basis = basis.at[..., 0].set(jnp.eye(gap.shape[-1], dtype=basis.dtype))
-    return jnp.einsum("...ijm,vm->...vij", basis, jnp.asarray(weights, jnp.float32))
+    parts = parts.at[..., 0].set(jnp.eye(gap.shape[-1], dtype=parts.dtype))
+    return jnp.einsum("bijm,vcm->bvcij", parts, jnp.asarray(weights, jnp.float32))
 
 
 def linear_denoiser(carried, levels, k):
     """The linear-Gaussian posterior described above.
 
-    carried [b, v, t (i), t (j), h, w, c]: frames at noise levels [b, v, t] as `motion.carry` gives them; k [b, v, t, t] covariance.
-    Returns E[x | z] and E[v | z] [b, v, t, h, w, c], and the standard deviation of v given z [b, v, t].
+    carried [b, v, t (i), t (j), h, w, c]: frames at noise levels [b, v, t] as `motion.carry` gives them, in principal components;
+    k [b, v, c, t, t]. Returns E[x | z] and E[v | z] [b, v, t, h, w, c], and the standard deviation of v given z [b, v, t, c].
     """
     eye = jnp.eye(k.shape[-1], dtype=k.dtype)
-    keep = 1 - levels
+    level = levels[:, :, None]  # the same for all components
+    keep = 1 - level
     ka = k * keep[..., None, :]
-    m = keep[..., :, None] * ka + eye * (levels**2)[..., None] + 1e-5 * eye  # the small term: two frames that are one
-    # Per-frame weights first (t×t per view), then one product with the latents: cheap beside the network.
-    cross = ka - eye * levels[..., None]  # Cov(v, z)
+    m = keep[..., :, None] * ka + eye * (level**2)[..., None] + 1e-5 * eye  # the small term: two frames that are one
+    # Per-frame weights first (t×t per component), then one product with the latents: cheap beside the network.
+    cross = ka - eye * level[..., None]  # Cov(v, z)
     solve = jnp.linalg.solve(m, jnp.concatenate([jnp.swapaxes(ka, -1, -2), jnp.swapaxes(cross, -1, -2)], -1))
-    gain_x, gain_v = jnp.split(jnp.swapaxes(solve, -1, -2), 2, axis=-2)  # [b, v, t, t]
+    gain_x, gain_v = jnp.split(jnp.swapaxes(solve, -1, -2), 2, axis=-2)  # [b, v, c, t, t]
     variance = 1 + jnp.diagonal(k, axis1=-2, axis2=-1) - (gain_v * cross).sum(-1)
-    x, v = (jnp.einsum("bvij,bvijhwc->bvihwc", gain, carried) for gain in (gain_x, gain_v))
-    return x, v, jnp.sqrt(jnp.clip(variance, 1e-6))
+    x, v = (jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried) for gain in (gain_x, gain_v))
+    return x, v, jnp.sqrt(jnp.clip(jnp.swapaxes(variance, -1, -2), 1e-6))
 
 
-def preconditioned(network, weights):
+def preconditioned(network, prior: Prior):
     """Wraps `network(x [b, v, t, h, w, 2c], levels, conditions) -> F` into a velocity function (see the top of this file).
 
-    The prior always knows the waypoints: dropping them (guidance) concerns the network alone.
+    The network sees and gives principal components. The prior always knows the waypoints: dropping them (guidance) concerns the
+    network alone.
     """
+    basis = jnp.asarray(prior.basis, jnp.float32)
 
     def velocity(latents, levels, conditions):
-        carried = carry(latents.astype(jnp.float32), conditions.waypoints, conditions.intrinsics, conditions.extrinsics)
-        k = covariance(conditions.frame_times, conditions.waypoints, weights)
+        y = jax.lax.stop_gradient(latents.astype(jnp.float32) @ basis)
+        carried = carry(y, conditions.waypoints, conditions.intrinsics, conditions.extrinsics)
+        k = covariance(conditions.frame_times, conditions.waypoints, prior.weights)
         x, v, std = jax.lax.stop_gradient(linear_denoiser(carried, levels, k))
-        f = network(jnp.concatenate([latents, x.astype(latents.dtype)], -1), levels, conditions)
-        return v + std[..., None, None, None] * f
+        f = network(jnp.concatenate([y, x], -1), levels, conditions)
+        return (v + std[:, :, :, None, None] * f) @ basis.T
 
     return velocity
 
 
-def fit_covariance(correlations, gaps, distances) -> np.ndarray:
-    """Weights of each view from data, by non-negative least squares.
+def principal_components(latents) -> np.ndarray:
+    """Columns [c, c] of falling variance, from latents [..., c] whose channels have mean 0; signs fixed, so that all machines agree."""
+    flat = np.asarray(latents, np.float64).reshape(-1, latents.shape[-1])
+    basis = np.linalg.eigh(flat.T @ flat)[1][:, ::-1]
+    return basis * np.where(basis[np.abs(basis).argmax(0), np.arange(len(basis))] < 0, -1.0, 1.0)
 
-    correlations [n, v]: of pairs of frames, carried onto each other; gaps [n] seconds, distances [n] metres of the pairs. Returns
-    [v, len(SCALES)] float32 whose rows sum to 1. Non-negative weights make the covariance positive definite.
+
+def fit_weights(products, variances, gaps, distances) -> np.ndarray:
+    """Weights of each view and component from data, by non-negative least squares.
+
+    products [n, v, c]: mean product of the frames of a pair, carried onto each other; variances [v, c]; gaps [n] seconds, distances
+    [n] metres of the pairs. Returns [v, c, len(SCALES)] float32 that sum to the variances. Non-negative weights make the
+    covariance positive definite.
     """
-    basis = np.asarray(correlation_basis(jnp.asarray(gaps, jnp.float32), jnp.asarray(distances, jnp.float32)), np.float64)
-    # A strongly weighted row asks for K(0, 0) = 1.
-    basis = np.concatenate([basis, np.full((1, len(SCALES)), 1.0 * len(basis))])
-    target = np.concatenate([np.asarray(correlations, np.float64), np.full((1, correlations.shape[1]), 1.0 * len(correlations))])
-    weights = np.stack([nnls(basis, target[:, v])[0] for v in range(target.shape[1])])
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    parts = np.asarray(correlation_parts(jnp.asarray(gaps, jnp.float32), jnp.asarray(distances, jnp.float32)), np.float64)
+    # A strongly weighted row asks that they add up to one.
+    matrix = np.concatenate([parts, np.full((1, len(SCALES)), float(len(parts)))])
+    weights = np.zeros(variances.shape + (len(SCALES),))
+    for place in np.ndindex(*variances.shape):
+        target = np.append(products[(slice(None), *place)] / variances[place], float(len(parts)))
+        weights[place] = nnls(matrix, target)[0]
+    return (weights * (variances[..., None] / weights.sum(-1, keepdims=True))).astype(np.float32)
 
 
 LAGS = (1, 2, 3, 6, 12, 18, 24, 36)  # frames at 12 Hz
 PAIRS = 12  # of each lag in a scene
 
 
-def measure_correlations(scenes):
-    """What `fit_covariance` takes, from scenes as `data_pipeline.clips.read_scene` gives them (latents normalised)."""
-    from mila_jax import geometry
-
-    product, power, gaps, distances = [], [], [], []
+def measure_prior(scenes) -> Prior:
+    """The prior of scenes as `data_pipeline.clips.read_scene` gives them (latents normalised); each must be longer than a frame."""
+    scenes = list(scenes)
+    basis = principal_components(np.concatenate([s["latents"][::6] for s in scenes]))
     compare = jax.jit(_compare)
+    parts = []
     for scene in scenes:
-        n = len(scene["times"])
-        chosen = [(i, i - lag) for lag in LAGS if lag < n for i in np.linspace(lag, n - 1, PAIRS).astype(int)]
-        if not chosen:
-            continue
-        pairs = np.array(chosen)
-        poses = [geometry.relative_waypoints(scene["ego_translation"][p, 1], scene["ego_rotation"][p, 1], 0) for p in pairs]
+        pairs = _pairs(len(scene["times"]))
+        front = view_index("CAM_FRONT")
+        poses = [geometry.relative_waypoints(scene["ego_translation"][p, front], scene["ego_rotation"][p, front], 0) for p in pairs]
         waypoints = np.stack(poses).astype(np.float32)
-        extrinsics = np.concatenate([scene["cam2ego_translation"], scene["cam2ego_rotation"]], -1).astype(np.float32)
-        latents = np.asarray(scene["latents"], np.float32)
-        both = [np.moveaxis(x[pairs], 1, 2) for x in (latents, scene["intrinsics"].astype(np.float32), extrinsics)]  # [n, v, 2, …]
-        got, own = compare(both[0], waypoints, *both[1:])
-        product.append(np.asarray(got))
-        power.append(np.asarray(own))
-        gaps.append(np.abs(np.diff(scene["times"][pairs], axis=1)[:, 0]))
-        distances.append(np.linalg.norm(waypoints[:, 1, :2], axis=-1))
-    return np.concatenate(product) / np.concatenate(power).mean(0), np.concatenate(gaps), np.concatenate(distances)
+        extrinsics = np.concatenate([scene["cam2ego_translation"], scene["cam2ego_rotation"]], -1)
+        latents, intrinsics, extrinsics = (
+            np.moveaxis(np.asarray(x, np.float32)[pairs], 1, 2) for x in (scene["latents"], scene["intrinsics"], extrinsics)
+        )  # [n, v, 2, …]
+        product, power = compare(latents @ np.asarray(basis, np.float32), waypoints, intrinsics, extrinsics)
+        gaps = np.abs(np.diff(scene["times"][pairs], axis=1)[:, 0])
+        parts.append((np.asarray(product), np.asarray(power), gaps, np.linalg.norm(waypoints[:, 1, :2], axis=-1)))
+    products, powers, gaps, distances = (np.concatenate(x) for x in zip(*parts))
+    return Prior(basis.astype(np.float32), fit_weights(products, np.maximum(powers.mean(0), 1e-6), gaps, distances))
+
+
+def _pairs(frames: int) -> np.ndarray:
+    """Numbers [n, 2] of later and earlier frames of a scene, evenly spread, at each lag that it has."""
+    lags = [lag for lag in LAGS if lag < frames]
+    return np.array([(i, i - lag) for lag in lags for i in np.linspace(lag, frames - 1, PAIRS).astype(int)])
 
 
 def _compare(latents, waypoints, intrinsics, extrinsics):
-    """Mean product of the first frame of each pair with the second, carried to it, and the first's mean square; both [n, v]."""
+    """Mean product of the first frame of each pair with the second, carried to it, and the first's mean square; both [n, v, c]."""
     carried = carry(latents, waypoints, intrinsics, extrinsics)[:, :, 0, 1]
     own = latents[:, :, 0]
-    axes = (-3, -2, -1)
-    return (own * carried).mean(axes), (own * own).mean(axes)
+    return (own * carried).mean((-3, -2)), (own * own).mean((-3, -2))

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from mila_jax.errors import UserError
 from mila_jax.model.dit import DiTConfig
 from mila_jax.model.network import dit_config, make_velocity
+from mila_jax.model.precondition import Prior
 from mila_jax.model.stdit3_weights import create
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "weights" / "mila_tiny.safetensors"
@@ -27,14 +28,14 @@ SHIPPED = pathlib.Path(__file__).parents[1] / "weights" / "mila_tiny.safetensors
 
 @dataclasses.dataclass(frozen=True)
 class WorldModel:
-    """config: the run's ConfigDict; dit: sizes; graphdef and params: the network; covariance [v, m] or None; data: what the
+    """config: the run's ConfigDict; dit: sizes; graphdef and params: the network; prior: of a preconditioned network, else None; data: what the
     training data said of itself (latent_shape, text_encoder, autoencoder hash, …); card: how it was trained."""
 
     config: ml_collections.ConfigDict
     dit: DiTConfig
     graphdef: object
     params: nnx.State
-    covariance: np.ndarray | None
+    prior: Prior | None
     data: dict
     card: dict
     sha256: str
@@ -42,7 +43,7 @@ class WorldModel:
     @property
     def velocity(self):
         """`velocity(latents, levels, conditions)` with the stored parameters."""
-        return make_velocity(self.graphdef, self.params, self.dit, self.covariance)
+        return make_velocity(self.graphdef, self.params, self.dit, self.prior)
 
 
 def model_config(config, data: dict) -> DiTConfig:
@@ -51,12 +52,12 @@ def model_config(config, data: dict) -> DiTConfig:
     return dit_config(config.model, data["latent_shape"][-1], data["image_size"], width, length, config.get("attention"))
 
 
-def save_model(path, params: nnx.State, config, data: dict, covariance, card: dict) -> None:
+def save_model(path, params: nnx.State, config, data: dict, prior: Prior | None, card: dict) -> None:
     """Writes the file atomically; parameters as float16. `card`: plain values on how the weights were made."""
     path = pathlib.Path(path)
     tensors = {"parameters." + ".".join(map(str, k)): np.asarray(v[...], np.float16) for k, v in nnx.to_flat_state(params)}
-    if covariance is not None:
-        tensors["covariance"] = np.asarray(covariance, np.float32)
+    if prior is not None:
+        tensors |= {f"prior.{name}": np.asarray(value, np.float32) for name, value in prior._asdict().items()}
     header = {"format": "mila_jax.world_model.1", "config": config.to_json(), "data": json.dumps(data), "card": json.dumps(card)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +85,12 @@ def load_model(path) -> WorldModel:
     data = json.loads(header["data"])
     dit = model_config(config, data)
     graphdef, params = create(dit)
-    covariance = tensors.pop("covariance", None)
+    prior = {name: tensors.pop(f"prior.{name}", None) for name in Prior._fields}
+    prior = None if prior["weights"] is None else Prior(**prior)
     loaded = {k.removeprefix("parameters."): v for k, v in tensors.items()}
     params = merge_parameters(params, loaded, source=str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return WorldModel(config, dit, graphdef, params, covariance, data, json.loads(header["card"]), digest)
+    return WorldModel(config, dit, graphdef, params, prior, data, json.loads(header["card"]), digest)
 
 
 def merge_parameters(params: nnx.State, arrays: dict, *, source: str) -> nnx.State:

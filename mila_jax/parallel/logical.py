@@ -67,8 +67,15 @@ def rules_of(mode: str = "context", changes=()) -> dict:
 
 
 def rules_from_config(config) -> dict:
-    """`rules_of` a config; sections and keys that an older file lacks take their defaults."""
-    return rules_of(config.get("attention", {}).get("parallel", "context"), config.get("mesh", {}).get("rules", {}))
+    """`rules_of` a config; sections and keys that an older file lacks take their defaults.
+
+    Raises `UserError` as `rules_of` does, and for a temporal kernel whose frames would be split.
+    """
+    attention = config.get("attention", {})
+    rules = rules_of(attention.get("parallel", "context"), config.get("mesh", {}).get("rules", {}))
+    if attention.get("temporal", "xla") == "fused" and (rules["query_frames"] or rules["key_frames"]):
+        raise UserError("attention.temporal=fused wants whole frames on every device; use attention.parallel=context or heads, or attention.temporal=xla")
+    return rules
 
 
 @contextlib.contextmanager

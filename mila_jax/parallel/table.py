@@ -11,6 +11,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from mila_jax.model.weights import model_config
+from mila_jax.parallel.aot.sizes import data_description
 from mila_jax.parallel.logical import AXES, mesh_axes, rules_from_config, spec, use_rules
 from mila_jax.parallel.mesh import axis_sizes, check_divides
 from mila_jax.train.optimizer import make_optimizer
@@ -40,7 +41,7 @@ def sharding_table(config, mesh, data: dict | None = None) -> list[Row]:
     data: `prepare.describe_data` of a data set; None takes the sizes of the config's `plan` section. Raises `UserError` naming
     the key for sizes that do not divide and rules that cannot work.
     """
-    data = _describe(config) if data is None else data
+    data = data_description(config) if data is None else data
     sizes = axis_sizes(config.mesh, mesh) if isinstance(mesh, int) else dict(mesh if isinstance(mesh, dict) else mesh.shape)
     mesh = AbstractMesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     dit = model_config(config, data)
@@ -51,15 +52,6 @@ def sharding_table(config, mesh, data: dict | None = None) -> list[Row]:
         for name, shape, dtype, logical in _activations(dit, config.train.batch, -(-config.window.frames // dit.patch[0]), tokens):
             rows.append(_row(mesh, "activations", name, shape, dtype, logical))
     return rows
-
-
-def _describe(config) -> dict:
-    height, width = config.data.image_size
-    by = config.plan.compression
-    return {
-        "latent_shape": [height // by, width // by, config.plan.latent_channels], "image_size": [height, width],
-        "text_shape": [config.text.length, config.plan.text_width],
-    }  # fmt: skip
 
 
 def _row(mesh, group, name, shape, dtype, logical) -> Row:

@@ -19,7 +19,7 @@ from data_pipeline.clips import ClipSource, ClipSpec, read_scene
 from data_pipeline.loader import make_loader
 from data_pipeline.records import read_index, write_atomically
 from mila_jax.errors import UserError
-from mila_jax.model.precondition import fit_covariance, measure_correlations
+from mila_jax.model.precondition import Prior, measure_prior
 from mila_jax.model.stdit3_weights import create
 from mila_jax.model.weights import load_model, merge_parameters, model_config, save_model
 from mila_jax.parallel.logical import rules_from_config, use_rules, with_rules
@@ -66,10 +66,10 @@ def clip_specs(config) -> tuple[list[ClipSpec], list[float]]:
     return specs, shares
 
 
-def measure_covariance(data_dir) -> np.ndarray:
-    """Correlation of the training latents over time and along the car's motion, for the preconditioning (at most 16 scenes)."""
+def measure_training_prior(data_dir) -> Prior:
+    """Statistics of the training latents along the car's motion, for the preconditioning (at most 16 scenes)."""
     names = [s.name for s in read_index(data_dir).scenes if s.split == "train"][:16]
-    return fit_covariance(*measure_correlations(read_scene(data_dir, name) for name in names))
+    return measure_prior(read_scene(data_dir, name) for name in names)
 
 
 class Trainer:
@@ -101,28 +101,28 @@ class Trainer:
             check_divides(self.mesh, config.train.batch, self.dit.heads, self.dit.width, config.window.frames, tokens)
             self.batch_sharding = batch_sharding(self.mesh)
         self.tx = make_optimizer(config.train)
-        self.covariance = self._covariance()
+        self.prior = self._prior()
         self.graphdef, _ = abstract_model(self.dit)
         with use_rules(**self.rules):
             self.shardings = state_shardings(self.mesh, self.dit, self.tx)
-        static = dict(graphdef=self.graphdef, config=self.dit, covariance=self.covariance, objective=self.objective)
+        static = dict(graphdef=self.graphdef, config=self.dit, prior=self.prior, objective=self.objective)
         self.step = step_module.jit_train_step(self.shardings, self.batch_sharding, rules=self.rules, tx=self.tx, **static)
         self._loss = jax.jit(with_rules(self.rules, functools.partial(step_module.loss, **static)))
         self.key = jax.random.key(config.seed)
 
-    def _covariance(self):
+    def _prior(self) -> Prior | None:
         """Measured once per run and kept, so that a resumed run is the same function whatever became of the data."""
         if self.config.model.precondition == "none":
             return None
-        path = self.folder / "covariance.json"
-        if path.exists() and (self.folder / "config.json").exists():
-            return np.asarray(json.loads(path.read_text()), np.float32)
-        weights = load_model(self.config.train.init_from).covariance if self.config.train.init_from else measure_covariance(self.config.data.dir)
-        if weights is None:
-            raise UserError(f"{self.config.train.init_from} was trained with model.precondition=none; set model.precondition=none to go on from it")
-        text = json.dumps(np.asarray(weights, np.float64).round(6).tolist())
-        write_atomically(path, text.encode())
-        return np.asarray(json.loads(text), np.float32)
+        path = self.folder / "prior.json"
+        if not (path.exists() and (self.folder / "config.json").exists()):
+            start = self.config.train.init_from
+            prior = load_model(start).prior if start else measure_training_prior(self.config.data.dir)
+            if prior is None:
+                raise UserError(f"{start} was trained with model.precondition=none; set model.precondition=none to go on from it")
+            rounded = {name: np.asarray(value, np.float64).round(6).tolist() for name, value in prior._asdict().items()}
+            write_atomically(path, json.dumps(rounded).encode())
+        return Prior(**{name: np.asarray(value, np.float32) for name, value in json.loads(path.read_text()).items()})
 
     def initial_state(self):
         """A fresh state: from `train.init_from` if set, else drawn from the seed."""
@@ -172,7 +172,7 @@ class Trainer:
 
     def export(self, state, card: dict) -> pathlib.Path:
         """Writes the EMA weights as `model.safetensors` in the run's folder."""
-        save_model(self.model_path, state.ema, self.config, self.data, self.covariance, card)
+        save_model(self.model_path, state.ema, self.config, self.data, self.prior, card)
         return self.model_path
 
     @property

@@ -59,7 +59,7 @@ def frame_roles(key, clip, objective: Objective):
     return (place < clip["conditioning"][:, None]) | (tail & ~anchor), anchor
 
 
-def loss(params, clip, key, *, graphdef, config, covariance, objective: Objective, level=None):
+def loss(params, clip, key, *, graphdef, config, prior, objective: Objective, level=None):
     """Masked rectified-flow loss (eq. (15)) of a batch of clips → `flow.rectified_flow.MaskedLoss`.
 
     `level`: one fixed noise level for all samples (evaluation), with every other draw as in training; None draws levels.
@@ -76,12 +76,12 @@ def loss(params, clip, key, *, graphdef, config, covariance, objective: Objectiv
     conditions = from_clip(clip)
     no_text, no_waypoints = jax.random.uniform(k_drop, (2, b))
     conditions = conditions.replace(drop_text=no_text < objective.text_drop, drop_waypoints=no_waypoints < objective.waypoint_drop)
-    velocity = make_velocity(graphdef, params, config, covariance)
+    velocity = make_velocity(graphdef, params, config, prior)
     predicted = velocity(add_noise(latents, noise, levels), levels, conditions)
     return masked_loss(predicted, velocity_target(latents, noise), ~clean)
 
 
-def train_step(state: TrainState, clip, key, *, graphdef, config, covariance, objective: Objective, tx):
+def train_step(state: TrainState, clip, key, *, graphdef, config, prior, objective: Objective, tx):
     """One update. `clip`: batch of `data_pipeline.clips`; `key`: the run's key (the step is folded in here).
 
     Returns the new state and metrics (scalars): loss, gradient norm.
@@ -89,7 +89,7 @@ def train_step(state: TrainState, clip, key, *, graphdef, config, covariance, ob
 
     def mean_loss(params):
         value = loss(
-            params, clip, jax.random.fold_in(key, state.step), graphdef=graphdef, config=config, covariance=covariance, objective=objective
+            params, clip, jax.random.fold_in(key, state.step), graphdef=graphdef, config=config, prior=prior, objective=objective
         )
         return value.mean
 

@@ -1,0 +1,101 @@
+"""The jitted step and its abstract arguments: shapes with shardings on a mesh of devices that need not exist.
+
+Both steps are the ones that run: `train.step.jit_train_step` and the window sampler with the velocity of `generate`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from mila_jax.flow.sampler import sample_window
+from mila_jax.generate import generation_velocity
+from mila_jax.model.conditions import Conditions
+from mila_jax.model.precondition import SCALES, Prior
+from mila_jax.parallel.aot.sizes import Sizes
+from mila_jax.parallel.logical import rules_from_config, spec, use_rules, with_rules
+from mila_jax.parallel.mesh import batch_sharding, parameter_shardings, replicated
+from mila_jax.train.optimizer import make_optimizer
+from mila_jax.train.state import TrainState, abstract_model, state_shardings
+from mila_jax.train.step import Objective, jit_train_step
+from mila_jax.views import VIEWS
+
+
+class Program(NamedTuple):
+    """`function.lower(*arguments)` inside `jax.set_mesh(mesh)` is the step of this layout."""
+
+    function: object
+    arguments: tuple
+    mesh: Mesh
+
+
+def _shaped(shapes, shardings):
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+
+def _key(mesh):
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+
+
+def _prior(config, sizes: Sizes) -> Prior | None:
+    """A prior of the preconditioning: its values change no shape, so any will do."""
+    if config.model.precondition == "none":
+        return None
+    channels = sizes.data["latent_shape"][-1]
+    return Prior(np.eye(channels, dtype=np.float32), np.full((len(VIEWS), channels, len(SCALES)), 1 / len(SCALES), np.float32))
+
+
+def abstract_clip(sizes: Sizes, sharding) -> dict:
+    """A batch of `data_pipeline.clips` as shapes; see `ClipSource.__getitem__`."""
+    b, v, t = sizes.batch, len(VIEWS), sizes.frames
+    length, width = sizes.data["text_shape"]
+    shapes = {
+        "latents": (v, t, *sizes.data["latent_shape"]), "intrinsics": (v, t, 4), "extrinsics": (v, t, 7), "waypoints": (t, 3), "frame_times": (t,),
+        "fps": (), "conditioning": (), "text": (length, width), "text_mask": (length,),
+    }  # fmt: skip
+    types = {"conditioning": jnp.int32, "text_mask": jnp.bool_}
+    return {name: jax.ShapeDtypeStruct((b, *shape), types.get(name, jnp.float32), sharding=sharding) for name, shape in shapes.items()}
+
+
+def train_program(config, sizes: Sizes, mesh: Mesh) -> Program:
+    """The training step with a donated abstract state."""
+    tx = make_optimizer(config.train)
+    graphdef, params = abstract_model(sizes.dit)
+    shardings = state_shardings(mesh, sizes.dit, tx)
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, params, jax.eval_shape(tx.init, params))
+    step = jit_train_step(
+        shardings, batch_sharding(mesh), rules=rules_from_config(config), graphdef=graphdef, config=sizes.dit, prior=_prior(config, sizes),
+        objective=Objective.from_config(config), tx=tx,
+    )  # fmt: skip
+    return Program(step, (_shaped(shapes, shardings), abstract_clip(sizes, batch_sharding(mesh)), _key(mesh)), mesh)
+
+
+def sample_program(config, sizes: Sizes, mesh: Mesh) -> Program:
+    """One denoising step of a window, guidance included; the window is donated."""
+    graphdef, params = abstract_model(sizes.dit)
+    prior = _prior(config, sizes)
+    b, v, t = sizes.batch, len(VIEWS), sizes.frames
+    # One video may be fewer than the devices that its guidance passes are split over: then it lies whole on each of them.
+    rows = "batch" if b % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    window = jax.ShapeDtypeStruct((b, v, t, *sizes.data["latent_shape"]), jnp.float32, sharding=NamedSharding(mesh, spec(rows, None, "frames")))
+    schedule = jax.ShapeDtypeStruct((2, t), jnp.float32, sharding=replicated(mesh))
+    clip = abstract_clip(sizes, NamedSharding(mesh, spec(rows)))
+    names = ("text", "text_mask", "waypoints", "intrinsics", "extrinsics", "frame_times", "fps")
+    drop = jax.ShapeDtypeStruct((b,), jnp.bool_, sharding=NamedSharding(mesh, spec(rows)))
+    conditions = Conditions(**{name: clip[name] for name in names}, drop_text=drop, drop_waypoints=drop)
+
+    def sample_step(params, window, schedule, conditions):
+        velocity = generation_velocity(graphdef, params, sizes.dit, prior, config.generate)
+        return sample_window(velocity, window, schedule, conditions)
+
+    step = jax.jit(with_rules(rules_from_config(config), sample_step), donate_argnums=1, out_shardings=window.sharding)
+    return Program(step, (_shaped(params, parameter_shardings(mesh, params)), window, schedule, conditions), mesh)
+
+
+def make_program(config, sizes: Sizes, mesh: Mesh) -> Program:
+    """The program of `sizes.step`, under the config's logical rules."""
+    with use_rules(**rules_from_config(config)):
+        return (train_program if sizes.step == "train" else sample_program)(config, sizes, mesh)

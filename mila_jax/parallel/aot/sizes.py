@@ -1,0 +1,83 @@
+"""Every size of a step from the config alone: no data set is opened, and everything that does not divide is refused here."""
+
+import dataclasses
+
+from mila_jax.errors import UserError
+from mila_jax.flow.guidance import guidance_weights
+from mila_jax.model.dit import DiTConfig
+from mila_jax.model.weights import model_config
+from mila_jax.parallel.aot.options import STEPS
+from mila_jax.parallel.logical import rules_from_config, use_rules
+from mila_jax.parallel.mesh import axis_sizes, check_divides
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """data: what a data set would say of itself (as `prepare.describe_data`); dit: the network; mesh: axis → size.
+
+    batch: samples (train) or videos (sample) a step over all devices; passes: evaluations of the network for one sample (2 with
+    classifier-free guidance); frames: of a window.
+    """
+
+    step: str
+    data: dict
+    dit: DiTConfig
+    mesh: dict[str, int]
+    batch: int
+    passes: int
+    frames: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one view of one frame."""
+        height, width, _ = self.data["latent_shape"]
+        return -(-height // self.dit.patch[1]) * -(-width // self.dit.patch[2])
+
+
+def data_description(config) -> dict:
+    """The sizes of a data set that `mila prepare` would make with this config (section `plan` for what only files know)."""
+    if len(config.data.image_size) != 2:
+        raise UserError(f"data.image_size={tuple(config.data.image_size)} must be (height, width), e.g. --config.data.image_size='(256, 448)'")
+    height, width = config.data.image_size
+    by = config.plan.compression
+    for key in ("compression", "latent_channels", "text_width", "sample_batch"):
+        if config.plan[key] < 1:
+            raise UserError(f"plan.{key}={config.plan[key]} must be at least 1")
+    if height % by or width % by:
+        raise UserError(f"data.image_size={tuple(config.data.image_size)} does not divide by plan.compression={by}; change one of them")
+    return {
+        "latent_shape": [height // by, width // by, config.plan.latent_channels],
+        "image_size": [height, width],
+        "text_shape": [config.text.length, config.plan.text_width],
+    }
+
+
+class _Mesh:
+    """What `check_divides` wants to know of a mesh."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+
+def plan_sizes(config, devices: int, step: str) -> Sizes:
+    """Sizes of `step` ("train" or "sample") on `devices` devices. Raises `UserError` naming the key for anything that cannot work."""
+    if step not in STEPS:
+        raise UserError(f"--step={step} is unknown; use {' or '.join(STEPS)}")
+    data = data_description(config)
+    dit = model_config(config, data)
+    mesh = axis_sizes(config.mesh, devices)
+    passes = 1
+    if step == "sample":
+        passes = sum(w != 0 for w in guidance_weights((config.generate.guidance_text, config.generate.guidance_waypoints)))
+    batch = config.train.batch if step == "train" else config.plan.sample_batch
+    if batch < 1:
+        raise UserError(f"train.batch={batch} must be at least 1")
+    sizes = Sizes(step, data, dit, mesh, batch, passes, config.window.frames)
+    shards = mesh["data"] * mesh["fsdp"]
+    if step == "sample" and batch * passes % shards:
+        raise UserError(
+            f"plan.sample_batch={batch} × {passes} evaluations (guidance) is not a multiple of mesh.data·mesh.fsdp={shards}; change one of them"
+        )
+    with use_rules(**rules_from_config(config)):
+        check_divides(_Mesh(mesh), batch if step == "train" else shards, dit.heads, dit.width, config.window.frames, sizes.tokens)
+    return sizes
