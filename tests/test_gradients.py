@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mila_jax.model.layers import gelu_tanh, layer_norm, modulated_norm, product, rotary_tables, rotate
+from mila_jax.model.layers import gated, gelu_tanh, layer_norm, modulated_norm, product, rms_norm
 from mila_jax.model.softmax_attention import softmax_attention
 
 
@@ -15,12 +15,6 @@ def plain_attention(q, k, v, mask):
     if mask is not None:
         scores = jnp.where(mask[..., None, :], scores, -1e30)
     return jnp.einsum("...qs,...se->...qe", jax.nn.softmax(scores, -1), v)
-
-
-def plain_rotate(x, tables):
-    cos, sin = (t[:, None] for t in tables)
-    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * (cos + 1j * sin)
-    return jnp.stack([turned.real, turned.imag], -1).reshape(x.shape)
 
 
 def random(*shapes):
@@ -63,24 +57,29 @@ def test_modulated_norm():
     same(modulated_norm, lambda x, shift, scale: layer_norm(x) * (1 + scale) + shift, (x, shift, scale), 1e-5)
 
 
+def test_gated():
+    same(gated, lambda x, gate, y: x + gate * y, random((2, 5, 8), (2, 1, 8), (2, 5, 8)))
+
+
 @pytest.mark.parametrize("inputs, outputs", [(4, 9), (9, 4)])
 def test_product(inputs, outputs):
     same(product, jnp.matmul, random((2, 3, inputs), (inputs, outputs)))
 
 
-def test_rotate():
-    tables = rotary_tables(5, 8)
-    same(lambda x: rotate(x, tables), lambda x: plain_rotate(x, tables), random((2, 5, 3, 8)))
+def test_rms_norm():
+    def plain(x, weight):
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
+
+    same(rms_norm, plain, random((2, 5, 3, 8), (8,)), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_have_the_types_of_their_arguments(dtype):
     x, shift, scale, kernel, q, k = (a.astype(dtype) for a in random((2, 5, 8), (2, 1, 8), (2, 1, 8), (8, 6), (2, 5, 4), (2, 7, 4)))
-    tables = rotary_tables(5, 8)
     for f, arguments in (
-        (gelu_tanh, (x,)), (modulated_norm, (x, shift, scale)), (product, (x, kernel)),
-        (lambda q, k: softmax_attention(q, k, k, None), (q, k)), (lambda x: rotate(x[:, :, None], tables), (x,)),
+        (gelu_tanh, (x,)), (modulated_norm, (x, shift, scale)), (gated, (x, scale, x)), (product, (x, kernel)),
+        (lambda q, k: softmax_attention(q, k, k, None), (q, k)), (rms_norm, (x, scale[0, 0].astype(jnp.float32))),
     ):  # fmt: skip
         assert f(*arguments).dtype == dtype
         grads = jax.grad(lambda *a, f=f: f(*a).astype(jnp.float32).sum(), range(len(arguments)))(*arguments)
-        assert all(g.dtype == dtype for g in grads)
+        assert all(g.dtype == a.dtype for g, a in zip(grads, arguments))

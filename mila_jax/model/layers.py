@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from mila_jax.model.remat import HIDDEN, keep
+from mila_jax.model.softmax_attention import for_one_cpu
 from mila_jax.parallel.logical import constrain
 
 
@@ -121,35 +122,75 @@ def layer_norm(x, eps=1e-6):
     return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
 
 
+def _sum_tokens(x):
+    """Sum over the tokens: [..., n, d] → [..., 1, d]."""
+    # As a product, here and below: XLA's CPU compiler is many times slower at sums of products that are no products of matrices.
+    return jnp.ones(x.shape[:-2] + (1, x.shape[-2]), x.dtype) @ x if for_one_cpu() else jnp.sum(x, -2, keepdims=True)
+
+
+def _weighted_mean(x, weights):
+    """Mean over the width of x [..., n, d] times weights [..., 1, d] → [..., n, 1]."""
+    return x @ (jnp.swapaxes(weights, -2, -1) / x.shape[-1]) if for_one_cpu() else jnp.mean(x * weights, -1, keepdims=True)
+
+
 @jax.custom_vjp
 def modulated_norm(x, shift, scale):
     """LayerNorm of x [..., n, d], times 1 + scale, plus shift (both [..., 1, d]). Its gradient keeps x and the statistics alone."""
     return layer_norm(x) * (1 + scale) + shift
 
 
-def _modulated_forward(x, shift, scale):
-    return modulated_norm(x, shift, scale), (x, scale)
-
-
 def _modulated_backward(saved, g):
     x, scale = (y.astype(jnp.float32) for y in saved)
-    mean = x.mean(-1, keepdims=True)
-    centred = x - mean
+    centred = x - x.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-6)
-    norm, wide = centred * inverse, g.astype(jnp.float32)
-    scaled = wide * (1 + scale)
-    dx = inverse * (scaled - scaled.mean(-1, keepdims=True) - norm * (scaled * norm).mean(-1, keepdims=True))
-    sums = (jnp.sum(y, -2, keepdims=True).astype(g.dtype) for y in (wide, wide * norm))
-    return dx.astype(g.dtype), *sums
+    norm, wide, weights = centred * inverse, g.astype(jnp.float32), 1 + scale
+    dscale = wide * norm  # of each token
+    dx = inverse * (wide * weights - _weighted_mean(wide, weights) - norm * _weighted_mean(dscale, weights))
+    return dx.astype(g.dtype), _sum_tokens(wide).astype(g.dtype), _sum_tokens(dscale).astype(g.dtype)
 
 
-modulated_norm.defvjp(_modulated_forward, _modulated_backward)
+modulated_norm.defvjp(lambda x, shift, scale: (modulated_norm(x, shift, scale), (x, scale)), _modulated_backward)
 
 
-def rms_norm(x, weight, eps=1e-6):
-    """RMSNorm over the last axis in float32 with weight [e]; result in the type of x."""
+@jax.custom_vjp
+def gated(x, gate, y):
+    """x + gate · y, for x and y [..., n, d] and gate [..., 1, d]."""
+    return x + gate * y
+
+
+def _gated_backward(saved, g):
+    gate, y = saved
+    return g, _sum_tokens(g.astype(jnp.float32) * y.astype(jnp.float32)).astype(gate.dtype), g * gate
+
+
+gated.defvjp(lambda x, gate, y: (x + gate * y, (gate, y)), _gated_backward)
+
+
+def _inverse_rms(x, eps):
+    """1 / sqrt(mean of squares over the last axis) of x [..., e] → [..., 1]."""
+    return jax.lax.rsqrt(_weighted_mean(x * x, jnp.ones((1, x.shape[-1]), x.dtype)) + eps)
+
+
+@jax.custom_vjp
+def rms_norm(x, weight):
+    """RMSNorm over the last axis in float32 with weight [e]; result in the type of x. Its gradient keeps x and weight alone."""
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps) * weight).astype(x.dtype)
+    return (y * _inverse_rms(y, 1e-6) * weight).astype(x.dtype)
+
+
+def _rms_backward(saved, g):
+    x, weight = saved
+    wide, y = g.astype(jnp.float32), x.astype(jnp.float32)
+    inverse = _inverse_rms(y, 1e-6)
+    norm = y * inverse
+    dweight = wide * norm  # of each token
+    dx = inverse * (wide * weight - norm * _weighted_mean(dweight, weight[None]))
+    # Leading axes are merged on one device only: merged, axes that are split over a mesh would be gathered.
+    dweight = _sum_tokens(dweight.reshape(-1, len(weight)))[0] if for_one_cpu() else jnp.sum(dweight, range(x.ndim - 1))
+    return dx.astype(x.dtype), dweight
+
+
+rms_norm.defvjp(lambda x, weight: (rms_norm(x, weight), (x, weight)), _rms_backward)
 
 
 def time_table(t, width: int = 256):
