@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mila_jax.model.cpu_gradients import for_one_cpu
 from mila_jax.model.layers import Linear, ones, parameter, product, rms_norm, rotate, xavier, zeros
 from mila_jax.model.remat import ATTENTION, keep
-from mila_jax.model.softmax_attention import for_one_cpu, softmax_attention
+from mila_jax.model.softmax_attention import softmax_attention
 from mila_jax.model.splash import attend_splash, device_kind
 from mila_jax.model.temporal_kernel import attend_fused
 from mila_jax.parallel.logical import constrain

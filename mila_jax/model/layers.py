@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mila_jax.model import cpu_gradients
+from mila_jax.model.cpu_gradients import gradient_on_cpu
 from mila_jax.model.remat import HIDDEN, keep
-from mila_jax.model.softmax_attention import for_one_cpu
 from mila_jax.parallel.logical import constrain
 
 
@@ -51,23 +52,10 @@ def parameter(rngs: nnx.Rngs, shape, init, axes, matrix_shape=None):
     return nnx.Param(value, out_sharding=axes)
 
 
-@jax.custom_vjp
+@gradient_on_cpu(cpu_gradients.product)
 def product(x, kernel):
     """x [..., inputs] times kernel [inputs, outputs]."""
     return x @ kernel
-
-
-def _product_backward(saved, g):
-    # The kernel's gradient as XLA's CPU compiler takes it best: it copies the narrower of the two, transposed, and nothing else.
-    # Left to automatic differentiation it copies the wider one and takes a slower routine.
-    x, kernel = saved
-    tokens = tuple(range(x.ndim - 1))
-    wider = kernel.shape[0] <= kernel.shape[1]
-    dkernel = jnp.tensordot(x, g, (tokens, tokens)) if wider else jnp.tensordot(g, x, (tokens, tokens)).T
-    return g @ kernel.T, dkernel
-
-
-product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
 
 
 class Linear(nnx.Module):
@@ -99,19 +87,10 @@ class MLP(nnx.Module):
         return self.fc2(self.activation(hidden))
 
 
-@jax.custom_vjp
+@gradient_on_cpu(cpu_gradients.gelu_tanh)
 def gelu_tanh(x):
-    """GELU in its tanh form (the published MLP's). Its gradient keeps x alone and computes the rest again, in one pass."""
+    """GELU in its tanh form (the published MLP's)."""
     return jax.nn.gelu(x, approximate=True)
-
-
-def _gelu_backward(x, g):
-    a, b = math.sqrt(2 / math.pi), 0.044715
-    tanh = jnp.tanh(a * (x + b * x**3))
-    return (g * (0.5 * (1 + tanh) + 0.5 * a * x * (1 - tanh * tanh) * (1 + 3 * b * x * x)),)
-
-
-gelu_tanh.defvjp(lambda x: (jax.nn.gelu(x, approximate=True), x), _gelu_backward)
 
 
 def layer_norm(x, eps=1e-6):
@@ -122,75 +101,23 @@ def layer_norm(x, eps=1e-6):
     return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
 
 
-def _sum_tokens(x):
-    """Sum over the tokens: [..., n, d] → [..., 1, d]."""
-    # As a product, here and below: XLA's CPU compiler is many times slower at sums of products that are no products of matrices.
-    return jnp.ones(x.shape[:-2] + (1, x.shape[-2]), x.dtype) @ x if for_one_cpu() else jnp.sum(x, -2, keepdims=True)
-
-
-def _weighted_mean(x, weights):
-    """Mean over the width of x [..., n, d] times weights [..., 1, d] → [..., n, 1]."""
-    return x @ (jnp.swapaxes(weights, -2, -1) / x.shape[-1]) if for_one_cpu() else jnp.mean(x * weights, -1, keepdims=True)
-
-
-@jax.custom_vjp
+@gradient_on_cpu(cpu_gradients.modulated_norm)
 def modulated_norm(x, shift, scale):
-    """LayerNorm of x [..., n, d], times 1 + scale, plus shift (both [..., 1, d]). Its gradient keeps x and the statistics alone."""
+    """`layer_norm` of x [..., n, d], times 1 + scale, plus shift (both [..., 1, d])."""
     return layer_norm(x) * (1 + scale) + shift
 
 
-def _modulated_backward(saved, g):
-    x, scale = (y.astype(jnp.float32) for y in saved)
-    centred = x - x.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-6)
-    norm, wide, weights = centred * inverse, g.astype(jnp.float32), 1 + scale
-    dscale = wide * norm  # of each token
-    dx = inverse * (wide * weights - _weighted_mean(wide, weights) - norm * _weighted_mean(dscale, weights))
-    return dx.astype(g.dtype), _sum_tokens(wide).astype(g.dtype), _sum_tokens(dscale).astype(g.dtype)
-
-
-modulated_norm.defvjp(lambda x, shift, scale: (modulated_norm(x, shift, scale), (x, scale)), _modulated_backward)
-
-
-@jax.custom_vjp
+@gradient_on_cpu(cpu_gradients.gated)
 def gated(x, gate, y):
     """x + gate · y, for x and y [..., n, d] and gate [..., 1, d]."""
     return x + gate * y
 
 
-def _gated_backward(saved, g):
-    gate, y = saved
-    return g, _sum_tokens(g.astype(jnp.float32) * y.astype(jnp.float32)).astype(gate.dtype), g * gate
-
-
-gated.defvjp(lambda x, gate, y: (x + gate * y, (gate, y)), _gated_backward)
-
-
-def _inverse_rms(x, eps):
-    """1 / sqrt(mean of squares over the last axis) of x [..., e] → [..., 1]."""
-    return jax.lax.rsqrt(_weighted_mean(x * x, jnp.ones((1, x.shape[-1]), x.dtype)) + eps)
-
-
-@jax.custom_vjp
+@gradient_on_cpu(cpu_gradients.rms_norm)
 def rms_norm(x, weight):
-    """RMSNorm over the last axis in float32 with weight [e]; result in the type of x. Its gradient keeps x and weight alone."""
+    """RMSNorm over the last axis in float32 with weight [e]; result in the type of x."""
     y = x.astype(jnp.float32)
-    return (y * _inverse_rms(y, 1e-6) * weight).astype(x.dtype)
-
-
-def _rms_backward(saved, g):
-    x, weight = saved
-    wide, y = g.astype(jnp.float32), x.astype(jnp.float32)
-    inverse = _inverse_rms(y, 1e-6)
-    norm = y * inverse
-    dweight = wide * norm  # of each token
-    dx = inverse * (wide * weight - norm * _weighted_mean(dweight, weight[None]))
-    # Leading axes are merged on one device only: merged, axes that are split over a mesh would be gathered.
-    dweight = _sum_tokens(dweight.reshape(-1, len(weight)))[0] if for_one_cpu() else jnp.sum(dweight, range(x.ndim - 1))
-    return dx.astype(x.dtype), dweight
-
-
-rms_norm.defvjp(lambda x, weight: (rms_norm(x, weight), (x, weight)), _rms_backward)
+    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6) * weight).astype(x.dtype)
 
 
 def time_table(t, width: int = 256):

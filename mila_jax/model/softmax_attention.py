@@ -8,14 +8,6 @@ instead, which is small.
 import jax
 import jax.numpy as jnp
 
-from mila_jax.model.splash import device_kind
-
-
-def for_one_cpu() -> bool:
-    """Whether the program being traced is for a single CPU device (several, as in tests of sharding, compile like accelerators)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return device_kind() == "cpu" and (mesh.empty or mesh.size == 1)
-
 
 def _dot(a, b, a_axes, b_axes, batch: int):
     """Product of a and b over the given axes, result in float32 with a's other axes before b's; `batch` leading axes are common."""
