@@ -92,8 +92,9 @@ def _activations(dit, b: int, t: int, n: int):
         yield "scores, spatial attention [b t k v·n v·n]", (b, t, k, v * n, v * n), "float32", ("batch", "frames", "heads", None, None)
     yield "q, temporal attention [b v n t k e]", (b, v, n, t, k, e), dit.dtype, ("batch", None, "places", "query_frames", "temporal_heads", None)
     yield "k, temporal attention [b v n t k e]", (b, v, n, t, k, e), dit.dtype, ("batch", None, "places", "key_frames", "temporal_heads", None)
-    scores = ("batch", None, "places", "temporal_heads", "query_frames", "key_frames")
-    yield "scores, temporal attention [b v n k t t]", (b, v, n, k, t, t), "float32", scores
+    if dit.temporal_kernel == "xla":
+        scores = ("batch", None, "places", "temporal_heads", "query_frames", "key_frames")
+        yield "scores, temporal attention [b v n k t t]", (b, v, n, k, t, t), "float32", scores
     yield "hidden, spatial MLP [b v t n 4d]", (b, v, t, n, hidden), dit.dtype, (*spatial, "mlp")
     yield "hidden, temporal MLP [b v t n 4d]", (b, v, t, n, hidden), dit.dtype, (*temporal, "mlp")
     yield "stream kept for the backward pass, all pairs", (dit.depth, b, v, t, n, d), dit.dtype, ("layers", *spatial, None)
