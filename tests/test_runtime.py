@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mila_jax import runtime
 from mila_jax.runtime import choose_platform, tpu_present
 
 
@@ -48,3 +49,38 @@ def test_with_libtpu_and_no_tpu_jax_starts_quietly_on_the_cpu(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"MILA_CACHE": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, cwd=pathlib.Path(__file__).parents[1])
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "cpu", "")
+
+
+def test_cpu_flags_leave_what_is_set(monkeypatch):
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(runtime.importlib.metadata, "version", lambda name: "0.10.2")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256 --xla_other=1")
+    runtime.setup_cpu()
+    assert os.environ["XLA_FLAGS"].split()[:2] == ["--xla_cpu_prefer_vector_width=256", "--xla_other=1"]
+    assert os.environ["XLA_FLAGS"].count("prefer_vector_width") == 1 and "ynn_fusion_type" in os.environ["XLA_FLAGS"]
+    monkeypatch.setattr(runtime.importlib.metadata, "version", lambda name: "0.11.0")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    runtime.setup_cpu()
+    assert os.environ["XLA_FLAGS"] == ""
+
+
+@pytest.mark.parametrize("environment, files, cpu", [("cpu", ("dev/accel0",), True), ("tpu", (), False), ("", (), True), ("", ("dev/accel0",), False), ("", ("dev/nvidia0",), False)])
+def test_where_there_is_no_accelerator_it_is_the_cpu(tmp_path, monkeypatch, environment, files, cpu):
+    make(tmp_path, *files)
+    monkeypatch.setenv("JAX_PLATFORMS", environment)
+    assert runtime.runs_on_cpu(tmp_path) == cpu
+
+
+def test_freed_memory_is_kept():
+    """In a process of its own, since it cannot be undone: large arrays are no longer mapped and unmapped one by one."""
+    code = """
+import resource
+from mila_jax.runtime import keep_freed_memory
+keep_freed_memory()
+b'x' * (1 << 27); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5): b'x' * (1 << 27)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1])
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < (1 << 27) / 4096  # one array's pages; each of the five would need them all

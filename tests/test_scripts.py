@@ -14,7 +14,7 @@ import pytest
 from mila_jax import doctor
 
 ROOT = pathlib.Path(__file__).parents[1]
-SCRIPTS = [ROOT / "scripts" / "setup.sh", ROOT / "scripts" / "demo.sh", ROOT / "scripts" / "pretrain.sh", ROOT / "scripts" / "test.sh", ROOT / ".ci" / "run"]
+SCRIPTS = [ROOT / "scripts" / name for name in ("setup.sh", "demo.sh", "pretrain.sh", "test.sh", "benchmark_cpu.sh")] + [ROOT / ".ci" / "run"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mila_jax.model.layers import Linear, ones, parameter, rms_norm, rotate, xavier, zeros
+from mila_jax.model.cpu_gradients import for_one_cpu
+from mila_jax.model.layers import Linear, ones, parameter, product, rms_norm, rotate, xavier, zeros
 from mila_jax.model.remat import ATTENTION, keep
+from mila_jax.model.softmax_attention import softmax_attention
 from mila_jax.model.splash import attend_splash, device_kind
 from mila_jax.model.temporal_kernel import attend_fused
 from mila_jax.parallel.logical import constrain
@@ -36,15 +38,29 @@ TEMPORAL = Layout(
 )  # [b, v, n, t, k, e]
 
 
+def project(x, kernel, bias):
+    """Fused projections of x [..., d] by kernel [d, m, k, e] and bias [m, k, e] → m arrays [..., k, e]."""
+    kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+    if for_one_cpu():  # whose compiler would transpose both x and the result for the product below
+        parts = ((kernel[:, i], bias[i]) for i in range(len(bias)))
+        return [product(x, w.reshape(len(w), -1)).reshape(x.shape[:-1] + b.shape) + b for w, b in parts]
+    # The kernel is contracted as it is stored: reshaping the result instead costs the TPU compiler copies of q, k and v.
+    return [y + b for y, b in zip(jnp.einsum("...d,dmke->m...ke", x, kernel), bias)]
+
+
 def attend(q, k, v):
     """Softmax attention over the token axis, softmax in float32.
 
     q: [..., q, k, e], k and v: [..., s, k, e]. Returns [..., q, k, e].
     """
+    q = q * (1 / math.sqrt(q.shape[-1]))
+    if for_one_cpu():
+        q, k, v = (jnp.swapaxes(y, -3, -2) for y in (q, k, v))
+        return jnp.swapaxes(softmax_attention(q, k, v, None), -3, -2)
     # Temporal attention (28 frames at each of 2,688 places) stays in this form. Modelled by the TPU compiler's own cycle estimates on one
     # temporal block (v5p, width 1152, 9 heads of 128): places or frames outermost 6.93 ms both, softmax in bfloat16 6.82 (within the
     # model's error, so it stays in float32), four places in one product with a block-diagonal mask 9.03, heads of 72 8.58.
-    scores = jnp.einsum("...qke,...ske->...kqs", q * (1 / math.sqrt(q.shape[-1])), k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("...qke,...ske->...kqs", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("...kqs,...ske->...qke", weights, v)
 
@@ -54,13 +70,17 @@ def attend_text(q, k, v, mask=None):
 
     q: [b, v, t, n, k, e], k and v: [b, l, k, e], mask: [b, l] bool (True = may be seen) or None. Returns [b, v, t, n, k, e].
     """
+    q = q * (1 / math.sqrt(q.shape[-1]))
+    if for_one_cpu():
+        q, k, v = jnp.moveaxis(q, -2, 1), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        return jnp.moveaxis(softmax_attention(q, k, v, None if mask is None else mask[:, None]), 1, -2)
     # Modelled as above with cross-attention in the block: tokens in their own axes 8.44 ms, in one flat axis 8.45, softmax in bfloat16
     # 8.74. The axes stay apart, since a flat one could not stay split over frames or places.
     if mask is not None:
         # Tied to the keys of this layer: the mask alone does not change from layer to layer, so that it would be spread out to the
         # size of the scores once, ahead of all layers, and sent from devices to devices in each.
         k, bias = jax.lax.optimization_barrier((k, jnp.where(mask, 0.0, -1e30)))
-    scores = jnp.einsum("bvtnke,blke->bkvtnl", q * (1 / math.sqrt(q.shape[-1])), k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bvtnke,blke->bkvtnl", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = scores + bias[:, None, None, None, None, :]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -93,9 +113,7 @@ class SelfAttention(nnx.Module):
         """x [..., n, d] → [..., n, d], attention over the n axis; rotary: tables over it or None."""
         if self.kernel == "fused" and device_kind().startswith("TPU"):
             return self.proj(self._fused(x, rotary))
-        # The kernel is contracted as it is stored: reshaping the result instead costs the TPU compiler copies of q, k and v.
-        qkv = jnp.einsum("...d,dmke->m...ke", x, self.qkv[...].astype(x.dtype))
-        q, k, v = (y + bias for y, bias in zip(qkv, self.qkv_bias[...].astype(x.dtype)))  # each [..., n, k, e]
+        q, k, v = project(x, self.qkv[...], self.qkv_bias[...])  # each [..., n, k, e]
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm[...]), rms_norm(k, self.k_norm[...])
         if rotary is not None:
@@ -126,9 +144,7 @@ class CrossAttention(nnx.Module):
 
     def __call__(self, x, text, mask, axes):
         """x [b, v, t, n, d] with logical axes `axes`, text [b, l, d], mask [b, l] bool or None → [b, v, t, n, d]."""
-        kv = jnp.einsum("bld,dmke->mblke", text, self.kv[...].astype(x.dtype))
-        k, v = (y + bias for y, bias in zip(kv, self.kv_bias[...].astype(x.dtype)))
-        k, v = (constrain(y, "batch", None, "heads", None) for y in (k, v))
+        k, v = (constrain(y, "batch", None, "heads", None) for y in project(text, self.kv[...], self.kv_bias[...]))
         q = constrain(self.q(x).reshape(x.shape[:-1] + k.shape[2:]), *axes[:-1], "heads", None)
         y = keep(constrain(attend_text(q, k, v, mask), *axes[:-1], "heads", None), ATTENTION)
         return self.proj(y.reshape(x.shape))

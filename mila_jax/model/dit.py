@@ -22,8 +22,8 @@ from mila_jax.model.remat import NAMES as REMAT
 from mila_jax.model.remat import STREAM, keep, rematerialised
 from mila_jax.parallel.logical import constrain
 from mila_jax.model.layers import (
-    MLP, Linear, fourier, gelu_tanh, layer_norm, normal, parameter, position_table, ray_rotary_tables, rotary_tables, rotation_matrix,
-    time_table, xavier, zeros,
+    MLP, Linear, fourier, gated, gelu_tanh, layer_norm, modulated_norm, normal, parameter, position_table, ray_rotary_tables, rotary_tables,
+    rotation_matrix, time_table, xavier, zeros,
 )  # fmt: skip
 
 
@@ -106,15 +106,15 @@ class Block(nnx.Module):
         # stated, since a statement holds for the gradient too: left to itself, the compiler moves MLP activations and attention
         # weights between devices in the backward pass instead of gathering the kernels (tests/test_parallel_modes.py counts).
         x = constrain(x, *axes)
-        y = constrain(layer_norm(x) * (1 + scale_a) + shift_a, *axes)
+        y = constrain(modulated_norm(x, shift_a, scale_a), *axes)
         if self.temporal:
             y = rearrange(self.attn(rearrange(y, "b v t n d -> b v n t d"), rotary), "b v n t d -> b v t n d")
         else:
             y = rearrange(self.attn(rearrange(y, "b v t n d -> b t (v n) d"), rotary), "b t (v n) d -> b v t n d", v=v)
-        x = constrain(x + gate_a * constrain(y, *axes), *axes)
+        x = constrain(gated(x, gate_a, constrain(y, *axes)), *axes)
         x = constrain(x + self.cross(x, text, text_mask, axes), *axes)
-        y = constrain(layer_norm(x) * (1 + scale_m) + shift_m, *axes)
-        return constrain(x + gate_m * constrain(self.mlp(y, axes), *axes), *axes)
+        y = constrain(modulated_norm(x, shift_m, scale_m), *axes)
+        return constrain(gated(x, gate_m, constrain(self.mlp(y, axes), *axes)), *axes)
 
 
 class Pair(nnx.Module):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mila_jax.model import cpu_gradients
+from mila_jax.model.cpu_gradients import gradient_on_cpu
 from mila_jax.model.remat import HIDDEN, keep
 from mila_jax.parallel.logical import constrain
 
@@ -50,6 +52,12 @@ def parameter(rngs: nnx.Rngs, shape, init, axes, matrix_shape=None):
     return nnx.Param(value, out_sharding=axes)
 
 
+@gradient_on_cpu(cpu_gradients.product)
+def product(x, kernel):
+    """x [..., inputs] times kernel [inputs, outputs]."""
+    return x @ kernel
+
+
 class Linear(nnx.Module):
     """y = x W + b with W [inputs, outputs]; computes in the type of x."""
 
@@ -58,7 +66,7 @@ class Linear(nnx.Module):
         self.bias = parameter(rngs, (outputs,), zeros, axes[1:])
 
     def __call__(self, x):
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        return product(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -79,6 +87,7 @@ class MLP(nnx.Module):
         return self.fc2(self.activation(hidden))
 
 
+@gradient_on_cpu(cpu_gradients.gelu_tanh)
 def gelu_tanh(x):
     """GELU in its tanh form (the published MLP's)."""
     return jax.nn.gelu(x, approximate=True)
@@ -92,10 +101,23 @@ def layer_norm(x, eps=1e-6):
     return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
 
 
-def rms_norm(x, weight, eps=1e-6):
+@gradient_on_cpu(cpu_gradients.modulated_norm)
+def modulated_norm(x, shift, scale):
+    """`layer_norm` of x [..., n, d], times 1 + scale, plus shift (both [..., 1, d])."""
+    return layer_norm(x) * (1 + scale) + shift
+
+
+@gradient_on_cpu(cpu_gradients.gated)
+def gated(x, gate, y):
+    """x + gate · y, for x and y [..., n, d] and gate [..., 1, d]."""
+    return x + gate * y
+
+
+@gradient_on_cpu(cpu_gradients.rms_norm)
+def rms_norm(x, weight):
     """RMSNorm over the last axis in float32 with weight [e]; result in the type of x."""
     y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps) * weight).astype(x.dtype)
+    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6) * weight).astype(x.dtype)
 
 
 def time_table(t, width: int = 256):

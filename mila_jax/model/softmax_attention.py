@@ -1,0 +1,51 @@
+"""Softmax attention with a gradient of its own, for CPUs: every product reads the large weights as they lie in memory.
+
+Left to automatic differentiation, XLA's CPU compiler splits the forward softmax (its parts are wanted again) and makes
+transposed copies of the weights for the gradients of keys and values. Here those two are products whose result is transposed
+instead, which is small.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def _dot(a, b, a_axes, b_axes, batch: int):
+    """Product of a and b over the given axes, result in float32 with a's other axes before b's; `batch` leading axes are common."""
+    common = tuple(range(batch))
+    return jax.lax.dot_general(a, b, ((a_axes, b_axes), (common, common)), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def softmax_attention(q, k, v, mask):
+    """softmax(q · k) v, softmax in float32; scaling of q is the caller's.
+
+    q: [*batch, *queries, e], k and v: [*batch, s, e], mask: [*batch, s] bool (True = may be seen; broadcastable) or None.
+    Returns [*batch, *queries, e] in the type of v.
+    """
+    return _forward(q, k, v, mask)[0]
+
+
+def _forward(q, k, v, mask):
+    batch, last = k.ndim - 2, q.ndim - 1
+    scores = _dot(q, k, (last,), (k.ndim - 1,), batch)
+    if mask is not None:
+        # Added, not selected: the compiler then keeps product and softmax in one piece.
+        scores += jnp.where(mask, 0.0, -1e30).reshape(mask.shape[:-1] + (1,) * (q.ndim - batch - 1) + mask.shape[-1:])
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = _dot(weights, v, (last,), (k.ndim - 2,), batch).astype(v.dtype)
+    return y, (q, k, v, weights, y)
+
+
+def _backward(saved, g):
+    q, k, v, weights, y = saved
+    batch, last = k.ndim - 2, q.ndim - 1
+    queries = tuple(range(batch, last))
+    dv = _dot(g, weights, queries, queries, batch)  # [*batch, e, s]
+    inner = jnp.sum(g.astype(jnp.float32) * y, -1, keepdims=True)
+    ds = (weights * (_dot(g, v, (last,), (k.ndim - 1,), batch) - inner)).astype(q.dtype)
+    dq = _dot(ds, k, (last,), (k.ndim - 2,), batch)
+    dk = _dot(q, ds, queries, queries, batch)  # [*batch, e, s]
+    return dq.astype(q.dtype), jnp.swapaxes(dk, -2, -1).astype(k.dtype), jnp.swapaxes(dv, -2, -1).astype(v.dtype), None
+
+
+softmax_attention.defvjp(_forward, _backward)

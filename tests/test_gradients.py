@@ -1,0 +1,85 @@
+"""Gradients that are written by hand are those of automatic differentiation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mila_jax.model.layers import gated, gelu_tanh, layer_norm, modulated_norm, product, rms_norm
+from mila_jax.model.softmax_attention import softmax_attention
+
+
+def plain_attention(q, k, v, mask):
+    """The same by automatic differentiation, for queries of one axis."""
+    scores = jnp.einsum("...qe,...se->...qs", q, k)
+    if mask is not None:
+        scores = jnp.where(mask[..., None, :], scores, -1e30)
+    return jnp.einsum("...qs,...se->...qe", jax.nn.softmax(scores, -1), v)
+
+
+def random(*shapes):
+    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+
+def same(ours, plain, arguments, tolerance=2e-6):
+    """Values and gradients in all of `arguments`."""
+    for f, g in ((ours, plain), *((jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), range(len(arguments))) for f in (ours, plain)),)):
+        for a, b in zip(jax.tree.leaves(jax.jit(f)(*arguments)), jax.tree.leaves(jax.jit(g)(*arguments)), strict=True):
+            np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention(masked):
+    mask = jnp.arange(7) < jnp.array([[[7]], [[4]]]) if masked else None  # [2, 1, 7]
+    same(lambda *a: softmax_attention(*a, mask), lambda *a: plain_attention(*a, mask), random((2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)))
+
+
+def test_attention_with_several_axes_of_queries():
+    q, k, v = random((2, 3, 5, 2, 4), (2, 3, 7, 4), (2, 3, 7, 4))
+    mask = jnp.arange(7) < jnp.array([[[7]], [[4]]])
+    same(
+        lambda *a: softmax_attention(*a, mask).reshape(2, 3, 10, 4), lambda q, k, v: plain_attention(q.reshape(2, 3, 10, 4), k, v, mask), (q, k, v)
+    )  # fmt: skip
+
+
+def test_attention_where_nothing_may_be_seen_is_finite():
+    q, k, v = random((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))
+    grads = jax.grad(lambda *a: softmax_attention(*a, jnp.zeros((1, 1, 5), bool)).sum(), (0, 1, 2))(q, k, v)
+    assert all(bool(jnp.isfinite(g).all()) for g in grads)
+
+
+def test_gelu():
+    same(gelu_tanh, lambda x: jax.nn.gelu(x, approximate=True), random((50,)))
+
+
+def test_modulated_norm():
+    x, shift, scale = random((2, 5, 8), (2, 1, 8), (2, 1, 8))
+    same(modulated_norm, lambda x, shift, scale: layer_norm(x) * (1 + scale) + shift, (x, shift, scale), 1e-5)
+
+
+def test_gated():
+    same(gated, lambda x, gate, y: x + gate * y, random((2, 5, 8), (2, 1, 8), (2, 5, 8)))
+
+
+@pytest.mark.parametrize("inputs, outputs", [(4, 9), (9, 4)])
+def test_product(inputs, outputs):
+    same(product, jnp.matmul, random((2, 3, inputs), (inputs, outputs)))
+
+
+def test_rms_norm():
+    def plain(x, weight):
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
+
+    same(rms_norm, plain, random((2, 5, 3, 8), (8,)), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_have_the_types_of_their_arguments(dtype):
+    x, shift, scale, kernel, q, k = (a.astype(dtype) for a in random((2, 5, 8), (2, 1, 8), (2, 1, 8), (8, 6), (2, 5, 4), (2, 7, 4)))
+    for f, arguments in (
+        (gelu_tanh, (x,)), (modulated_norm, (x, shift, scale)), (gated, (x, scale, x)), (product, (x, kernel)),
+        (lambda q, k: softmax_attention(q, k, k, None), (q, k)), (rms_norm, (x, scale[0, 0].astype(jnp.float32))),
+    ):  # fmt: skip
+        assert f(*arguments).dtype == dtype
+        grads = jax.grad(lambda *a, f=f: f(*a).astype(jnp.float32).sum(), range(len(arguments)))(*arguments)
+        assert all(g.dtype == a.dtype for g, a in zip(grads, arguments))
