@@ -6,6 +6,5 @@ set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh"
-source "$root/scripts/allocator.sh"
 cd "$root"  # results lie in runs/demo of the repository, wherever this was called from
 exec .venv/bin/python -m mila_jax demo "$@"

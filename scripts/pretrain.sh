@@ -5,7 +5,6 @@ set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/scripts/setup.sh"
-source "$root/scripts/allocator.sh"
 cd "$root"
 python=.venv/bin/python
 runs=runs/pretrain
