@@ -89,8 +89,8 @@ def ours(config, arrays):
     def gradients():
         return stdit3_weights.save(both(params, x, levels, conditions)[1], config)
 
-    inputs = params, x, levels, conditions
-    run = (lambda: jax.block_until_ready(forward(*inputs))), (lambda: jax.block_until_ready(both(*inputs)))
+    given = params, x, levels, conditions
+    run = (lambda: jax.block_until_ready(forward(*given))), (lambda: jax.block_until_ready(both(*given)))
     return stdit3_weights.save(params, config), outputs, gradients, run
 
 
