@@ -246,8 +246,9 @@ def test_training_goes_on_from_a_weights_file(tmp_path, tiny_file):
     config = AutoencoderTraining(model=TINY, batch_size=4)
     path = train_autoencoder(frames, frames, config, tmp_path / "run", 5, minutes=0, init_from=tiny_file, progress=False)
     assert load_bytes(path) == load_bytes(tiny_file)
+    train_autoencoder(frames, frames, config, tmp_path / "run", 1, init_from=tiny_file, progress=False)
     with pytest.raises(UserError, match="another"):
-        train_autoencoder(frames, frames, config, tmp_path / "run", 5, progress=False)
+        train_autoencoder(frames, frames, config, tmp_path / "run", 1, progress=False)
     other = dataclasses.replace(config, model=dataclasses.replace(TINY, latent_channels=5))
     with pytest.raises(UserError, match="has other sizes"):
         train_autoencoder(frames, frames, other, tmp_path / "other", 5, init_from=tiny_file, progress=False)
