@@ -16,5 +16,5 @@ def get_config():
     c.model.heads = 9
     c.model.pred_sigma = False
     c.model.remat = "dots+attention"
-    c.attention.temporal = "fused"
+    c.attention.temporal = c.attention.text = "fused"
     return c

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mila_jax.model.cross_kernel import attend_text_fused
 from mila_jax.model.layers import Linear, ones, parameter, rms_norm, rotate, xavier, zeros
-from mila_jax.model.remat import ATTENTION, keep
+from mila_jax.model.remat import ATTENTION, INPUTS, keep
 from mila_jax.model.splash import attend_splash, device_kind
 from mila_jax.model.temporal_kernel import attend_fused
 from mila_jax.parallel.logical import constrain
 
 KERNELS = ("xla", "splash")  # of spatial attention
-TEMPORAL_KERNELS = ("xla", "fused")
+TEMPORAL_KERNELS = TEXT_KERNELS = ("xla", "fused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +94,9 @@ class SelfAttention(nnx.Module):
         """x [..., n, d] → [..., n, d], attention over the n axis; rotary: tables over it or None."""
         if self.kernel == "fused" and device_kind().startswith("TPU"):
             return self.proj(self._fused(x, rotary))
-        # The kernel is contracted as it is stored: reshaping the result instead costs the TPU compiler copies of q, k and v.
-        qkv = jnp.einsum("...d,dmke->m...ke", x, self.qkv[...].astype(x.dtype))
-        q, k, v = (y + bias for y, bias in zip(qkv, self.qkv_bias[...].astype(x.dtype)))  # each [..., n, k, e]
+        # The kernel is cut, not the result: slices of that, and the gradients put together again, would be copies of q, k and v.
+        kernel, bias = self.qkv[...].astype(x.dtype), self.qkv_bias[...].astype(x.dtype)
+        q, k, v = (keep(jnp.einsum("...d,dke->...ke", x, kernel[:, m]) + bias[m], INPUTS) for m in range(3))  # each [..., n, k, e]
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm[...]), rms_norm(k, self.k_norm[...])
         if rotary is not None:
@@ -108,17 +109,18 @@ class SelfAttention(nnx.Module):
     def _fused(self, x, rotary):
         """Everything between the two projections by one kernel, heads side by side: [..., n, d] → [..., n, d]."""
         width = x.shape[-1]
-        qkv = jnp.einsum("...d,dmf->m...f", x, self.qkv[...].astype(x.dtype).reshape(width, 3, width))
+        kernel, bias = self.qkv[...].astype(x.dtype).reshape(width, 3, width), self.qkv_bias[...].astype(x.dtype).reshape(3, width)
         axes = self.layout.queries[:-1]  # the heads' name stands for heads and head width
-        q, k, v = (constrain(y + bias, *axes) for y, bias in zip(qkv, self.qkv_bias[...].astype(x.dtype).reshape(3, width)))
+        q, k, v = (keep(constrain(x @ kernel[:, m] + bias[m], *axes), INPUTS) for m in range(3))
         return keep(constrain(attend_fused(q, k, v, self.q_norm[...], self.k_norm[...], rotary, axes), *axes), ATTENTION)
 
 
 class CrossAttention(nnx.Module):
     """Attention of the tokens to the text. Published as `cross_attn.{q_linear,kv_linear,proj}`; no norm, no rotary."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, last=xavier):
+    def __init__(self, width: int, heads: int, *, kernel: str, rngs: nnx.Rngs, last=xavier):
         head = width // heads
+        self.kernel = kernel
         self.q = Linear(width, width, ("embed", "heads"), rngs=rngs)
         self.kv = parameter(rngs, (width, 2, heads, head), xavier, ("embed", None, "heads", "head_dim"), (width, 2 * width))
         self.kv_bias = parameter(rngs, (2, heads, head), zeros, (None, "heads", "head_dim"))
@@ -129,6 +131,11 @@ class CrossAttention(nnx.Module):
         kv = jnp.einsum("bld,dmke->mblke", text, self.kv[...].astype(x.dtype))
         k, v = (y + bias for y, bias in zip(kv, self.kv_bias[...].astype(x.dtype)))
         k, v = (constrain(y, "batch", None, "heads", None) for y in (k, v))
-        q = constrain(self.q(x).reshape(x.shape[:-1] + k.shape[2:]), *axes[:-1], "heads", None)
-        y = keep(constrain(attend_text(q, k, v, mask), *axes[:-1], "heads", None), ATTENTION)
+        q, sides = self.q(x), (*axes[:-1], "heads")
+        if self.kernel == "fused" and device_kind().startswith("TPU"):
+            flat = (y.reshape(*y.shape[:2], -1) for y in (k, v))  # heads side by side
+            y = attend_text_fused(keep(constrain(q, *sides), INPUTS), *flat, mask, sides, k.shape[-1])
+            return self.proj(keep(constrain(y, *sides), ATTENTION))
+        q = constrain(q.reshape(x.shape[:-1] + k.shape[2:]), *sides, None)
+        y = keep(constrain(attend_text(q, k, v, mask), *sides, None), ATTENTION)
         return self.proj(y.reshape(x.shape))

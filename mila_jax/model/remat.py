@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mila_jax.model.splash import RESIDUALS
 
 # Names of values inside a pair (`keep`) that policies choose from.
-STREAM, ATTENTION, HIDDEN = "stream", "attention_result", "mlp_hidden"
+STREAM, MIDDLE, INPUTS, ATTENTION, HIDDEN = "stream", "stream_middle", "attention_inputs", "attention_result", "mlp_hidden"
 
 
 def keep(x, name: str):
@@ -40,7 +40,8 @@ def _policies() -> dict:
     p = jax.checkpoint_policies
     attention = p.save_only_these_names(RESIDUALS, ATTENTION)
     return {
-        "dots+attention": p.save_from_both_policies(_linear, attention),
+        # q, k and v with their bias, so that it is not added again; the stream where it changes sides, so that no collective runs again.
+        "dots+attention": p.save_from_both_policies(_linear, p.save_only_these_names(RESIDUALS, ATTENTION, INPUTS, MIDDLE)),
         "dots": _linear,
         "attention+mlp": p.save_only_these_names(RESIDUALS, ATTENTION, HIDDEN),
         "attention": attention,
