@@ -68,7 +68,8 @@ def _specs(q, words: int, head: int):
     """Grid (samples, heads, blocks of tokens) and the blocks of tokens' arrays and of words'."""
     b, n, width = q.shape
     tokens = choose_tokens(n)[0]
-    return (b, width // head, n // tokens), pl.BlockSpec((1, tokens, head), lambda b, h, i: (b, i, h)), pl.BlockSpec((1, words, head), lambda b, h, i: (b, 0, h))
+    block = lambda size, place: pl.BlockSpec((1, size, head), place)  # noqa: E731
+    return (b, width // head, n // tokens), block(tokens, lambda b, h, i: (b, i, h)), block(words, lambda b, h, i: (b, 0, h))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -6,7 +6,8 @@ configs/xl.py; what a chip makes of them `mila plan` models.
 | value          | kept of each pair, besides its input                               | FLOPs |
 |----------------|--------------------------------------------------------------------|-------|
 | none           | everything                                                         | 1     |
-| dots+attention | results of linear layers, of attention and its softmax statistics  | 1     |
+| dots+attention | results of linear layers, of attention and its softmax statistics, |       |
+|                | the stream between the two blocks                                  | 1     |
 | dots           | results of linear layers                                           | ~1.06 |
 | attention+mlp  | results of attention, hidden layers of the MLPs                    | ~1.2  |
 | attention      | results of attention and its softmax statistics                    | ~1.27 |
