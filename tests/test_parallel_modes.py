@@ -29,7 +29,7 @@ MODES = ("none", "context", "heads", "kv_gather")
 MOST = {
     "none": {"all-to-all": 3, "all-gather": 68, "reduce-scatter": 0, "all-reduce": 27, "collective-permute": 4},
     "context": {"all-to-all": 9, "all-gather": 69, "reduce-scatter": 0, "all-reduce": 34, "collective-permute": 28},
-    "heads": {"all-to-all": 22, "all-gather": 75, "reduce-scatter": 0, "all-reduce": 39, "collective-permute": 28},
+    "heads": {"all-to-all": 17, "all-gather": 70, "reduce-scatter": 0, "all-reduce": 37, "collective-permute": 28},
     "kv_gather": {"all-to-all": 3, "all-gather": 70, "reduce-scatter": 0, "all-reduce": 35, "collective-permute": 28},
 }
 

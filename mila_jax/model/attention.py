@@ -25,16 +25,19 @@ TEMPORAL_KERNELS = TEXT_KERNELS = ("xla", "fused")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Logical names of the axes [..., n, k, e] of queries and results, and of keys and values, while attention is computed."""
+    """Logical names of the axes [..., n, k, e] of q, k and v as they are made from the stream, and, while attention is computed, of
+    queries and results, and of keys and values."""
 
+    made: tuple
     queries: tuple
     keys: tuple
 
 
-SPATIAL = Layout(("batch", "frames", None, "heads", None), ("batch", "frames", None, "heads", None))  # [b, t, v·n, k, e]
+SPATIAL = Layout(*(("batch", "frames", None, "heads", None),) * 3)  # [b, t, v·n, k, e]
 TEMPORAL = Layout(
-    ("batch", None, "places", "query_frames", "temporal_heads", None), ("batch", None, "places", "key_frames", "temporal_heads", None)
-)  # [b, v, n, t, k, e]
+    ("batch", None, "places", "temporal_frames", "heads", None), ("batch", None, "places", "query_frames", "temporal_heads", None),
+    ("batch", None, "places", "key_frames", "temporal_heads", None),
+)  # [b, v, n, t, k, e]  # fmt: skip
 
 
 def attend(q, k, v):
@@ -96,7 +99,8 @@ class SelfAttention(nnx.Module):
             return self.proj(self._fused(x, rotary))
         # The kernel is cut, not the result: slices of that, and the gradients put together again, would be copies of q, k and v.
         kernel, bias = self.qkv[...].astype(x.dtype), self.qkv_bias[...].astype(x.dtype)
-        q, k, v = (keep(jnp.einsum("...d,dke->...ke", x, kernel[:, m]) + bias[m], INPUTS) for m in range(3))  # each [..., n, k, e]
+        made = (jnp.einsum("...d,dke->...ke", x, kernel[:, m]) + bias[m] for m in range(3))  # each [..., n, k, e]
+        q, k, v = (keep(constrain(y, *self.layout.made), INPUTS) for y in made)
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm[...]), rms_norm(k, self.k_norm[...])
         if rotary is not None:

@@ -9,7 +9,8 @@ configs/xl.py; what a chip makes of them `mila plan` models.
 | dots+attention | results of linear layers, of attention and its softmax statistics, |       |
 |                | the stream between the two blocks                                  | 1     |
 | dots           | results of linear layers                                           | ~1.06 |
-| attention+mlp  | results of attention, hidden layers of the MLPs                    | ~1.2  |
+| attention+mlp  | results of attention, hidden layers of the MLPs, the stream        |       |
+|                | between the two blocks                                             | ~1.2  |
 | attention      | results of attention and its softmax statistics                    | ~1.27 |
 | block          | nothing (`full` is another name for it)                            | 4/3   |
 | offload        | nothing; the input of each pair waits in the host's memory         | 4/3   |
@@ -44,7 +45,7 @@ def _policies() -> dict:
         # q, k and v with their bias, so that it is not added again; the stream where it changes sides, so that no collective runs again.
         "dots+attention": p.save_from_both_policies(_linear, p.save_only_these_names(RESIDUALS, ATTENTION, INPUTS, MIDDLE)),
         "dots": _linear,
-        "attention+mlp": p.save_only_these_names(RESIDUALS, ATTENTION, HIDDEN),
+        "attention+mlp": p.save_only_these_names(RESIDUALS, ATTENTION, HIDDEN, MIDDLE),
         "attention": attention,
         "block": p.nothing_saveable,
         "full": p.nothing_saveable,
