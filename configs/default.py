@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
     c.attention = ConfigDict()
     c.attention.kernel = "xla"  # xla | splash (spatial attention by TPU's splash kernel; elsewhere the same by XLA)
     c.attention.temporal = "xla"  # xla | fused (norm, rotary embedding and temporal attention in one TPU kernel; not with kv_gather)
+    c.attention.text = "xla"  # xla | fused (attention to the text in one TPU kernel)
     c.attention.parallel = "context"  # none | context | heads | kv_gather
 
     # A window and its noise (method.md: TPD, JDC). Training and generation share these.

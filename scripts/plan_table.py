@@ -31,7 +31,10 @@ def _batch(samples, remat):
 _GUIDED = ["--step=sample", "--config.generate.guidance_text=7.0", "--config.generate.guidance_waypoints=7.0"]
 # What is kept for the backward pass is the most that should fit in nine tenths of the memory.
 _MOST, _MUCH, _LEAST = "dots+attention", "attention+mlp", "block"
+_PUBLISHED = ["--config=configs/xl.py", "--topology=v5p:4x4x4", *_mesh(1, 16, 4)]
 LAYOUTS = {
+    "obvious_v5p_64": ("as published, attention by XLA, all recomputed, 16 samples on 64 chips", [*_PUBLISHED, *_batch(16, _LEAST), "--config.attention.kernel=xla"]),
+    "xl_v5p_64": ("as published, splash kernel, 16 samples on 64 chips", [*_PUBLISHED, *_batch(16, _MOST)]),
     "v5p_64_context": ("16 samples on 64 chips", [XL, "--topology=v5p:4x4x4", *_batch(16, _MOST), *_mesh(1, 16, 4)]),
     "v5p_64": ("64 samples on 64 chips", [XL, "--topology=v5p:4x4x4", *_batch(64, _MUCH), *_mesh(4, 16)]),
     "v5p_64_360": (
@@ -40,7 +43,7 @@ LAYOUTS = {
     ),
     "v5e_16": ("16 samples on 16 chips", [XL, "--topology=v5e:4x4", *_batch(16, _LEAST), *_mesh(1, 16)]),
     "v6e_64_context": ("16 samples on 64 chips", [XL, "--topology=v6e:8x8", *_batch(16, _MUCH), *_mesh(1, 16, 4)]),
-    "v6e_64_wide": ("wide preset, 16 samples on 64 chips", ["--config=configs/v6e.py", "--topology=v6e:8x8", *_batch(16, _MUCH), *_mesh(1, 16, 4)]),
+    "v6e_64_wide": ("wide preset, 16 samples on 64 chips", ["--config=configs/v6e.py", "--topology=v6e:8x8", *_batch(16, _MOST), *_mesh(1, 16, 4)]),
     "sample_v5p_4": ("one guided denoising step, one video", [XL, "--topology=v5p:2x2x1", *_GUIDED, *_mesh(1, 2, 2)]),
     "sample_v5e_8": ("one guided denoising step, one video", [XL, "--topology=v5e:2x4", *_GUIDED, *_mesh(1, 2, 4)]),
     "scaling_v5p_16": ("one sample a chip", [XL, "--topology=v5p:2x2x4", *_batch(16, _MUCH), *_mesh(1, 16)]),

@@ -13,38 +13,47 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mila_jax.model.cpu_gradients import for_one_cpu
+from mila_jax.model.cross_kernel import attend_text_fused
 from mila_jax.model.layers import Linear, ones, parameter, product, rms_norm, rotate, xavier, zeros
-from mila_jax.model.remat import ATTENTION, keep
+from mila_jax.model.remat import ATTENTION, INPUTS, keep
 from mila_jax.model.softmax_attention import softmax_attention
 from mila_jax.model.splash import attend_splash, device_kind
 from mila_jax.model.temporal_kernel import attend_fused
 from mila_jax.parallel.logical import constrain
 
 KERNELS = ("xla", "splash")  # of spatial attention
-TEMPORAL_KERNELS = ("xla", "fused")
+TEMPORAL_KERNELS = TEXT_KERNELS = ("xla", "fused")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Logical names of the axes [..., n, k, e] of queries and results, and of keys and values, while attention is computed."""
+    """Logical names of the axes [..., n, k, e] of q, k and v as they are made from the stream, and, while attention is computed, of
+    queries and results, and of keys and values."""
 
+    made: tuple
     queries: tuple
     keys: tuple
 
 
-SPATIAL = Layout(("batch", "frames", None, "heads", None), ("batch", "frames", None, "heads", None))  # [b, t, v·n, k, e]
+SPATIAL = Layout(*(("batch", "frames", None, "heads", None),) * 3)  # [b, t, v·n, k, e]
 TEMPORAL = Layout(
-    ("batch", None, "places", "query_frames", "temporal_heads", None), ("batch", None, "places", "key_frames", "temporal_heads", None)
-)  # [b, v, n, t, k, e]
+    ("batch", None, "places", "temporal_frames", "heads", None), ("batch", None, "places", "query_frames", "temporal_heads", None),
+    ("batch", None, "places", "key_frames", "temporal_heads", None),
+)  # [b, v, n, t, k, e]  # fmt: skip
 
 
-def project(x, kernel, bias):
-    """Fused projections of x [..., d] by kernel [d, m, k, e] and bias [m, k, e] → m arrays [..., k, e]."""
+def project(x, kernel, bias, *, cut: bool):
+    """Fused projections of x [..., d] by kernel [d, m, k, e] and bias [m, k, e] → m arrays [..., k, e].
+
+    cut: by m products with parts of the kernel. For arrays of many tokens, slices of one large result, and its gradient put together
+    again, would be copies of q, k and v on a TPU.
+    """
     kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
-    if for_one_cpu():  # whose compiler would transpose both x and the result for the product below
+    if for_one_cpu():  # whose compiler would transpose both x and the result for the products below
         parts = ((kernel[:, i], bias[i]) for i in range(len(bias)))
         return [product(x, w.reshape(len(w), -1)).reshape(x.shape[:-1] + b.shape) + b for w, b in parts]
-    # The kernel is contracted as it is stored: reshaping the result instead costs the TPU compiler copies of q, k and v.
+    if cut:
+        return [jnp.einsum("...d,dke->...ke", x, kernel[:, i]) + bias[i] for i in range(len(bias))]
     return [y + b for y, b in zip(jnp.einsum("...d,dmke->m...ke", x, kernel), bias)]
 
 
@@ -113,7 +122,8 @@ class SelfAttention(nnx.Module):
         """x [..., n, d] → [..., n, d], attention over the n axis; rotary: tables over it or None."""
         if self.kernel == "fused" and device_kind().startswith("TPU"):
             return self.proj(self._fused(x, rotary))
-        q, k, v = project(x, self.qkv[...], self.qkv_bias[...])  # each [..., n, k, e]
+        made = project(x, self.qkv[...], self.qkv_bias[...], cut=True)  # each [..., n, k, e]
+        q, k, v = (keep(constrain(y, *self.layout.made), INPUTS) for y in made)
         if self.q_norm is not None:
             q, k = rms_norm(q, self.q_norm[...]), rms_norm(k, self.k_norm[...])
         if rotary is not None:
@@ -126,17 +136,18 @@ class SelfAttention(nnx.Module):
     def _fused(self, x, rotary):
         """Everything between the two projections by one kernel, heads side by side: [..., n, d] → [..., n, d]."""
         width = x.shape[-1]
-        qkv = jnp.einsum("...d,dmf->m...f", x, self.qkv[...].astype(x.dtype).reshape(width, 3, width))
+        kernel, bias = self.qkv[...].astype(x.dtype).reshape(width, 3, width), self.qkv_bias[...].astype(x.dtype).reshape(3, width)
         axes = self.layout.queries[:-1]  # the heads' name stands for heads and head width
-        q, k, v = (constrain(y + bias, *axes) for y, bias in zip(qkv, self.qkv_bias[...].astype(x.dtype).reshape(3, width)))
+        q, k, v = (keep(constrain(x @ kernel[:, m] + bias[m], *axes), INPUTS) for m in range(3))
         return keep(constrain(attend_fused(q, k, v, self.q_norm[...], self.k_norm[...], rotary, axes), *axes), ATTENTION)
 
 
 class CrossAttention(nnx.Module):
     """Attention of the tokens to the text. Published as `cross_attn.{q_linear,kv_linear,proj}`; no norm, no rotary."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, last=xavier):
+    def __init__(self, width: int, heads: int, *, kernel: str, rngs: nnx.Rngs, last=xavier):
         head = width // heads
+        self.kernel = kernel
         self.q = Linear(width, width, ("embed", "heads"), rngs=rngs)
         self.kv = parameter(rngs, (width, 2, heads, head), xavier, ("embed", None, "heads", "head_dim"), (width, 2 * width))
         self.kv_bias = parameter(rngs, (2, heads, head), zeros, (None, "heads", "head_dim"))
@@ -144,7 +155,12 @@ class CrossAttention(nnx.Module):
 
     def __call__(self, x, text, mask, axes):
         """x [b, v, t, n, d] with logical axes `axes`, text [b, l, d], mask [b, l] bool or None → [b, v, t, n, d]."""
-        k, v = (constrain(y, "batch", None, "heads", None) for y in project(text, self.kv[...], self.kv_bias[...]))
-        q = constrain(self.q(x).reshape(x.shape[:-1] + k.shape[2:]), *axes[:-1], "heads", None)
-        y = keep(constrain(attend_text(q, k, v, mask), *axes[:-1], "heads", None), ATTENTION)
+        k, v = (constrain(y, "batch", None, "heads", None) for y in project(text, self.kv[...], self.kv_bias[...], cut=False))
+        q, sides = self.q(x), (*axes[:-1], "heads")
+        if self.kernel == "fused" and device_kind().startswith("TPU"):
+            flat = (y.reshape(*y.shape[:2], -1) for y in (k, v))  # heads side by side
+            y = attend_text_fused(keep(constrain(q, *sides), INPUTS), *flat, mask, sides, k.shape[-1])
+            return self.proj(keep(constrain(y, *sides), ATTENTION))
+        q = constrain(q.reshape(x.shape[:-1] + k.shape[2:]), *sides, None)
+        y = keep(constrain(attend_text(q, k, v, mask), *sides, None), ATTENTION)
         return self.proj(y.reshape(x.shape))

@@ -15,11 +15,11 @@ from einops import rearrange
 from flax import nnx
 
 from mila_jax.errors import UserError
-from mila_jax.model.attention import KERNELS, SPATIAL, TEMPORAL, TEMPORAL_KERNELS, CrossAttention, SelfAttention
+from mila_jax.model.attention import KERNELS, SPATIAL, TEMPORAL, TEMPORAL_KERNELS, TEXT_KERNELS, CrossAttention, SelfAttention
 from mila_jax.model.conditions import Conditions
 from mila_jax.model.motion import camera_rays
 from mila_jax.model.remat import NAMES as REMAT
-from mila_jax.model.remat import STREAM, keep, rematerialised
+from mila_jax.model.remat import MIDDLE, STREAM, keep, rematerialised
 from mila_jax.parallel.logical import constrain
 from mila_jax.model.layers import (
     MLP, Linear, fourier, gated, gelu_tanh, layer_norm, modulated_norm, normal, parameter, position_table, ray_rotary_tables, rotary_tables,
@@ -51,6 +51,7 @@ class DiTConfig:
     remat: str = "none"  # what is kept for the backward pass: mila_jax/model/remat.py
     attention_kernel: str = "xla"  # xla | splash, of spatial attention
     temporal_kernel: str = "xla"  # xla | fused, of temporal attention
+    text_kernel: str = "xla"  # xla | fused, of attention to the text
     unroll: int | None = None  # pairs in one iteration of the scan over them; None: all of a short stack, one of a deep one
 
     def check(self) -> None:
@@ -72,6 +73,10 @@ class DiTConfig:
             raise UserError(f"attention.temporal={self.temporal_kernel!r} is unknown; use one of {', '.join(TEMPORAL_KERNELS)}")
         if self.temporal_kernel == "fused" and (not self.qk_norm or (self.width // self.heads) % 128):
             raise UserError(f"attention.temporal=fused needs model.qk_norm and model.width/model.heads={self.width // self.heads} a multiple of 128")
+        if self.text_kernel not in TEXT_KERNELS:
+            raise UserError(f"attention.text={self.text_kernel!r} is unknown; use one of {', '.join(TEXT_KERNELS)}")
+        if self.text_kernel == "fused" and (self.width // self.heads) % 128:
+            raise UserError(f"attention.text=fused needs model.width/model.heads={self.width // self.heads} a multiple of 128")
         if self.remat not in REMAT:
             raise UserError(f"model.remat={self.remat!r} is unknown; use one of {', '.join(REMAT)}")
 
@@ -93,7 +98,7 @@ class Block(nnx.Module):
         self.table = parameter(rngs, (6, d), normal(d**-0.5), (None, "embed"))
         layout, kernel = (TEMPORAL, config.temporal_kernel) if temporal else (SPATIAL, config.attention_kernel)
         self.attn = SelfAttention(d, config.heads, qk_norm=config.qk_norm, layout=layout, kernel=kernel, rngs=rngs, last=last)
-        self.cross = CrossAttention(d, config.heads, rngs=rngs, last=last)
+        self.cross = CrossAttention(d, config.heads, kernel=config.text_kernel, rngs=rngs, last=last)
         self.mlp = MLP(d, int(d * config.mlp_ratio), d, rngs=rngs, activation=gelu_tanh, last=last, feature_axis="embed")
 
     def __call__(self, x, text, text_mask, mod, rotary):
@@ -106,6 +111,7 @@ class Block(nnx.Module):
         # stated, since a statement holds for the gradient too: left to itself, the compiler moves MLP activations and attention
         # weights between devices in the backward pass instead of gathering the kernels (tests/test_parallel_modes.py counts).
         x = constrain(x, *axes)
+        x = keep(x, MIDDLE) if self.temporal else x
         y = constrain(modulated_norm(x, shift_a, scale_a), *axes)
         if self.temporal:
             y = rearrange(self.attn(rearrange(y, "b v t n d -> b v n t d"), rotary), "b v n t d -> b v t n d")

@@ -24,6 +24,7 @@ def dit_config(model, latent_channels: int, image_size, text_width: int, text_le
         input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
         fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), dtype=model.dtype, remat=model.remat,
         attention_kernel=(attention or {}).get("kernel", "xla"), temporal_kernel=(attention or {}).get("temporal", "xla"),
+        text_kernel=(attention or {}).get("text", "xla"),
     )  # fmt: skip
     config.check()
     return config

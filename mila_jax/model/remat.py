@@ -6,9 +6,11 @@ configs/xl.py; what a chip makes of them `mila plan` models.
 | value          | kept of each pair, besides its input                               | FLOPs |
 |----------------|--------------------------------------------------------------------|-------|
 | none           | everything                                                         | 1     |
-| dots+attention | results of linear layers, of attention and its softmax statistics  | 1     |
+| dots+attention | results of linear layers, of attention and its softmax statistics, |       |
+|                | the stream between the two blocks                                  | 1     |
 | dots           | results of linear layers                                           | ~1.06 |
-| attention+mlp  | results of attention, hidden layers of the MLPs                    | ~1.2  |
+| attention+mlp  | results of attention, hidden layers of the MLPs, the stream        |       |
+|                | between the two blocks                                             | ~1.2  |
 | attention      | results of attention and its softmax statistics                    | ~1.27 |
 | block          | nothing (`full` is another name for it)                            | 4/3   |
 | offload        | nothing; the input of each pair waits in the host's memory         | 4/3   |
@@ -22,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mila_jax.model.splash import RESIDUALS
 
 # Names of values inside a pair (`keep`) that policies choose from.
-STREAM, ATTENTION, HIDDEN = "stream", "attention_result", "mlp_hidden"
+STREAM, MIDDLE, INPUTS, ATTENTION, HIDDEN = "stream", "stream_middle", "attention_inputs", "attention_result", "mlp_hidden"
 
 
 def keep(x, name: str):
@@ -40,9 +42,10 @@ def _policies() -> dict:
     p = jax.checkpoint_policies
     attention = p.save_only_these_names(RESIDUALS, ATTENTION)
     return {
-        "dots+attention": p.save_from_both_policies(_linear, attention),
+        # q, k and v with their bias, so that it is not added again; the stream where it changes sides, so that no collective runs again.
+        "dots+attention": p.save_from_both_policies(_linear, p.save_only_these_names(RESIDUALS, ATTENTION, INPUTS, MIDDLE)),
         "dots": _linear,
-        "attention+mlp": p.save_only_these_names(RESIDUALS, ATTENTION, HIDDEN),
+        "attention+mlp": p.save_only_these_names(RESIDUALS, ATTENTION, HIDDEN, MIDDLE),
         "attention": attention,
         "block": p.nothing_saveable,
         "full": p.nothing_saveable,

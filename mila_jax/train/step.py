@@ -12,6 +12,7 @@ from mila_jax.flow.sampler import noise_like
 from mila_jax.flow.schedules import check_anchor, training_levels
 from mila_jax.model.conditions import from_clip
 from mila_jax.model.network import make_velocity
+from mila_jax.parallel.compiler_options import options_of
 from mila_jax.parallel.logical import with_rules
 from mila_jax.train.state import TrainState
 
@@ -104,8 +105,11 @@ def train_step(state: TrainState, clip, key, *, graphdef, config, prior, objecti
 
 
 def jit_train_step(shardings, batch_shardings, rules=None, **static):
-    """`train_step` jitted with a donated state; `static`: its keyword arguments, `rules`: the logical rules it is traced under."""
+    """`train_step` jitted with a donated state; `static`: its keyword arguments, `rules`: the logical rules it is traced under.
+
+    The compiler gets the options of the devices that the shardings are for (`parallel.compiler_options`).
+    """
     return jax.jit(
         with_rules(rules or {}, functools.partial(train_step, **static)), donate_argnums=0,
-        in_shardings=(shardings, batch_shardings, None), out_shardings=(shardings, None),
+        in_shardings=(shardings, batch_shardings, None), out_shardings=(shardings, None), compiler_options=options_of(batch_shardings),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from mila_jax.generate import generation_velocity
 from mila_jax.model.conditions import Conditions
 from mila_jax.model.precondition import SCALES, Prior
 from mila_jax.parallel.aot.sizes import Sizes
+from mila_jax.parallel.compiler_options import options_of
 from mila_jax.parallel.logical import rules_from_config, spec, use_rules, with_rules
 from mila_jax.parallel.mesh import batch_sharding, parameter_shardings, replicated
 from mila_jax.train.optimizer import make_optimizer
@@ -91,7 +92,9 @@ def sample_program(config, sizes: Sizes, mesh: Mesh) -> Program:
         velocity = generation_velocity(graphdef, params, sizes.dit, prior, config.generate)
         return sample_window(velocity, window, schedule, conditions)
 
-    step = jax.jit(with_rules(rules_from_config(config), sample_step), donate_argnums=1, out_shardings=window.sharding)
+    step = jax.jit(
+        with_rules(rules_from_config(config), sample_step), donate_argnums=1, out_shardings=window.sharding, compiler_options=options_of(window.sharding)
+    )  # fmt: skip
     return Program(step, (_shaped(params, parameter_shardings(mesh, params)), window, schedule, conditions), mesh)
 
 

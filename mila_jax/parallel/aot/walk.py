@@ -133,7 +133,9 @@ class _Walker:
         inner, inside = found
         targets = {kernels.custom_call_target(x) for x in self.module.computations[i.called].values()}
         kind = collectives.kind_of(inner.opcode)
-        if any(t.startswith("AsyncCollective") for t in targets) or "async_collective_name" in inner.attributes:
+        # A collective in steps beside matmuls: fusions between its start and its end run on with it, named in one of two ways.
+        steps = "async_collective_name" in inner.attributes or "async_collective_fusion_config" in inner.attributes
+        if steps or any(t.startswith("AsyncCollective") for t in targets):
             if "AsyncCollectiveStart" not in targets:
                 return None
             whole = max((a.padded for a in inner.out), default=0)
