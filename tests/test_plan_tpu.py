@@ -12,7 +12,7 @@ from mila_jax.parallel.aot.layout import plan_layout
 pytestmark = pytest.mark.tpu_backend
 
 SMALL = (
-    "--config.model.width=128", "--config.model.depth=3", "--config.model.heads=1", "--config.model.precondition=none", "--config.model.dtype=bfloat16",
+    "--config.model.width=128", "--config.model.depth=3", "--config.model.heads=4", "--config.model.ray_rotary=False", "--config.model.precondition=none", "--config.model.dtype=bfloat16",
     "--config.window.frames=4", "--config.window.anchor_stride=2", "--config.train.batch=4", "--config.mesh.fsdp=4",
 )  # fmt: skip
 SLICE = parse_topology("v5p:2x2x1")
@@ -42,8 +42,9 @@ def results(tmp_path_factory):
 
 
 def test_operations_are_conserved(results):
-    # The compiled program does exactly the model's matmuls: no loop is missed or counted twice, no device does another's work.
-    assert results("train")["flops"]["hlo_over_model"] == pytest.approx(1, abs=0.01)
+    # The compiled program does the model's matmuls: no loop is missed or counted twice, no device does another's work. What is more is
+    # the rotary embedding, which is a product with a constant matrix: a hundredth at this size.
+    assert results("train")["flops"]["hlo_over_model"] == pytest.approx(1.01, abs=0.01)
     assert results("train")["warnings"] == []
 
 
