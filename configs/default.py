@@ -95,12 +95,30 @@ def get_config() -> ConfigDict:
     c.train.fps_weights = (0.6, 0.35, 0.05)  # … and their shares
     c.train.anchor_rate = 0.7  # share of 12 Hz samples that have a tail anchor …
     c.train.anchor_noisy = 0.75  # … of which so many are to be corrected (stage 3), the others are clean
+    c.train.conditioning_fps = "both"  # of windows below 12 Hz: video (first frames at 12 Hz) | same (as the generated ones) | both (half of each)
+    c.train.single_frame = 0.1  # share of the 12 Hz windows that start from one frame instead of window.conditioning …
+    c.train.single_frame_anchors = False  # … and of the others too
+    c.train.trainable = ("*",)  # patterns of parameter names; what none of them names is frozen (mila_jax/train/stages.py)
+    c.train.accumulate = 1  # parts that a batch is taken in, one after the other
+    c.train.moments = "float32"  # of AdamW: float32 | bfloat16 (half the optimizer's memory, stochastically rounded)
+    c.train.explode = 10.0  # a loss this many times the average is not believed: the step is skipped, like one that is no number
+    c.train.skip_limit = 20  # steps skipped in a row after which the run stops
     c.train.checkpoint_every = 500
-    c.train.keep = 2
+    c.train.keep = 2  # newest checkpoints …
+    c.train.keep_every = 0  # … and for ever those whose step divides by this; 0 = none
+    c.train.save_failures = 3  # checkpoints in a row that cannot be written (disk full) until the run stops
     c.train.log_every = 20
     c.train.eval_every = 500  # loss at 10 fixed noise levels on held-out clips; 0 = never
     c.train.eval_batches = 2
-    c.train.init_from = placeholder(str)  # weights (.safetensors of `mila`) to start from
+    c.train.eval_picture = True  # and a small generated clip as a picture
+    c.train.eval_steps = 10  # denoising steps of that clip
+    c.train.profile = (0, 0)  # (first step, number of steps) to record for TensorBoard's profiler
+    c.train.wandb = placeholder(str)  # project of Weights & Biases to write metrics to, if wandb is installed
+    c.train.init_from = placeholder(str)  # weights to start from: .safetensors of `mila`, or a published STDiT3 state dict
+
+    # Several machines (mila_jax/parallel/distributed.py).
+    c.distributed = ConfigDict()
+    c.distributed.initialize = "auto"  # auto (on a TPU slice of several machines, or if MILA_COORDINATOR is set) | always | never
 
     c.generate = ConfigDict()
     c.generate.weights = placeholder(str)  # .safetensors or a training folder; none: the shipped model

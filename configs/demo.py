@@ -21,5 +21,6 @@ def get_config():
     c.train.log_every = 5
     c.train.eval_every = 60
     c.train.eval_batches = 1
+    c.train.eval_picture = False  # the report shows the video itself
     c.train.ema = 0.95
     return c

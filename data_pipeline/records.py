@@ -10,7 +10,6 @@ folder too:
 """
 
 import dataclasses
-import os
 import zipfile
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """`path` holds either its old content or all of the new one."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_bytes(content)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 class SceneIndex(msgspec.Struct):

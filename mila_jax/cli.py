@@ -92,9 +92,13 @@ def _run(options, config) -> int:
         prepare(config, progress=progress)
         print(config.data.dir)
     elif options.command == "train":
+        from mila_jax.parallel.distributed import start
         from mila_jax.train.loop import train
 
+        start(config.distributed.initialize)
         outcome = train(config, progress=progress)
+        if outcome.code:
+            return outcome.code
         print(f"{outcome.step} steps; {'finished' if outcome.finished else 'stopped by train.minutes; run again to go on'}")
         print(outcome.model)
     elif options.command == "generate":
@@ -109,7 +113,8 @@ def _run(options, config) -> int:
 
 
 def main(argv=None) -> int:
-    """Entry point; returns the exit code: 0, 2 for a mistake that the user can put right, 130 when interrupted."""
+    """Entry point; returns the exit code: 0, 2 for a mistake that the user can put right, 75 when a training run was told to leave and has
+    saved (start it again), 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     options, rest = parser.parse_known_args(argv)

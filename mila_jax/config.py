@@ -35,8 +35,11 @@ def _keys(config, prefix=""):
 def load_config(path="configs/tiny.py", overrides=()) -> ml_collections.ConfigDict:
     """The config of file `path` (searched here, then beside the package) with overrides like `--config.train.steps=5`.
 
+    `path` may end in `:stage1` to `:stage3`: the training stages of the paper, laid over the file's settings (configs/stages.py).
+
     Raises `UserError`: no such file, a file without get_config, an unknown key (with the nearest one), a value of a wrong type.
     """
+    path, _, stage = str(path).partition(":")
     file = _find(path)
     if file.suffix != ".py":
         raise UserError(f"{file} is not a Python file; a config is a .py file with get_config(), see configs/default.py")
@@ -45,6 +48,10 @@ def load_config(path="configs/tiny.py", overrides=()) -> ml_collections.ConfigDi
     try:
         spec.loader.exec_module(module)
         config = module.get_config() if hasattr(module, "get_config") else None
+        if stage:
+            from configs import stages
+
+            config = stages.apply(config, stage)
     except Exception as error:  # it is the user's code: any mistake in it is theirs to see in one line
         raise UserError(f"{file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not isinstance(config, ml_collections.ConfigDict):

@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from mila_jax.model.dit import DiTConfig
 from mila_jax.parallel.logical import rules_of, use_rules
 from mila_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from mila_jax.train.state import TrainState, abstract_model, state_shardings
+from mila_jax.train.state import abstract_model, abstract_state, state_shardings
 from mila_jax.train.step import jit_train_step
 from tests.parallel_probe import OBJECTIVE, count_collectives, make_clip, recorder
 
@@ -27,11 +27,11 @@ def main() -> None:
         dtype="bfloat16", attention_kernel="splash", remat=remat, unroll=1, temporal_kernel="xla" if mode == "kv_gather" else "fused",
     )  # fmt: skip
     mesh = make_mesh(dict(data=1, fsdp=2, context=2, tensor=1), topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    rules, (graphdef, params) = rules_of(mode), abstract_model(config)
+    rules, (graphdef, _) = rules_of(mode), abstract_model(config)
     with use_rules(**rules):
         shardings, batches = state_shardings(mesh, config, recorder()), batch_sharding(mesh)
     shaped = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
-    state = jax.tree.map(shaped, TrainState(jax.ShapeDtypeStruct((), "int32"), params, params, params), shardings)
+    state = jax.tree.map(shaped, abstract_state(config, recorder()), shardings)
     clip = jax.tree.map(lambda a: shaped(a, batches), make_clip(sizes=SIZES))
     key = shaped(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     with jax.set_mesh(mesh):

@@ -1,6 +1,7 @@
 """Run in a child process with eight host devices: the train step of a small model under one mesh and mode after the other.
 
-`python -m tests.parallel_probe CASES.json OUT.npz`; cases: name → {"mesh": sizes, "mode": attention.parallel}. The optimizer only
+`python -m tests.parallel_probe CASES.json OUT.npz`; cases: name → {"mesh": sizes, "mode": attention.parallel, "accumulate": parts of a batch
+(default 1)}. The optimizer only
 records, so that the very step that is trained with returns every gradient. Collectives are counted in its compiled program.
 """
 
@@ -79,13 +80,19 @@ def run(case, config=CONFIG) -> dict:
     static = dict(graphdef=graphdef, config=config, prior=None)
     key = jax.random.key(3)
     with jax.set_mesh(mesh):
-        step = jit_train_step(shardings, batches, rules=rules, objective=OBJECTIVE, tx=recorder(), **static).lower(state, clip, key).compile()
+        step = jit_train_step(
+            shardings, batches, rules=rules, objective=OBJECTIVE, tx=recorder(), accumulate=case.get("accumulate", 1), groups=mesh.shape["data"], **static
+        ).lower(state, clip, key).compile()  # fmt: skip
         forward = jax.jit(with_rules(rules, lambda params, clip: _forward(graphdef, config, params, clip)), in_shardings=(shardings.params, batches))
         velocity = np.asarray(forward(state.params, clip))
         state, metrics = step(state, clip, key)
     assert isinstance(state, TrainState)
     grads = {".".join(map(str, k)): np.asarray(v[...]) for k, v in nnx.to_flat_state(state.opt_state)}
-    return dict(loss=float(metrics["loss"]), velocity=velocity, grads=grads, collectives=count_collectives(step.as_text()))
+    text = step.as_text()
+    main = text[text.index("\nENTRY ") :]
+    return dict(
+        loss=float(metrics["loss"]), velocity=velocity, grads=grads, collectives=count_collectives(text), outside=count_collectives(main.split("\n}")[0]),
+    )  # fmt: skip
 
 
 def _forward(graphdef, config, params, clip):
@@ -103,7 +110,7 @@ def main() -> None:
     arrays, told = {}, {}
     for name, case in cases.items():
         result = run(case)
-        told[name] = dict(loss=result["loss"], collectives=result["collectives"])
+        told[name] = dict(loss=result["loss"], collectives=result["collectives"], outside=result["outside"])
         arrays[f"{name}/velocity"] = result["velocity"]
         arrays |= {f"{name}/grad/{k}": v for k, v in result["grads"].items()}
     np.savez(sys.argv[2], told=json.dumps(told), **arrays)

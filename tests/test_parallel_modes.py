@@ -17,6 +17,8 @@ SPLIT = ONE | dict(fsdp=2, context=2, tensor=2)
 CASES = {
     "one": dict(mesh=ONE, mode="none"), "none": dict(mesh=ONE | dict(data=2, fsdp=2, tensor=2), mode="none"),
     "context": dict(mesh=SPLIT, mode="context"), "heads": dict(mesh=SPLIT, mode="heads"), "kv_gather": dict(mesh=SPLIT, mode="kv_gather"),
+    "accumulated": dict(mesh=ONE | dict(data=2), mode="none", accumulate=2),
+    "accumulated_split": dict(mesh=ONE | dict(data=2, context=2, tensor=2), mode="context", accumulate=2),
 }  # fmt: skip
 MODES = ("none", "context", "heads", "kv_gather")
 
@@ -50,7 +52,7 @@ def results(tmp_path_factory):
         return {k: z[k] for k in z.files} | {"told": json.loads(str(z["told"]))}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", (*MODES, "accumulated", "accumulated_split"))
 def test_mode_equals_one_device(results, mode):
     """Velocity, loss and the gradient of every parameter, each against the largest value of its array."""
     told = results["told"]
@@ -75,3 +77,9 @@ def test_modes_differ_as_they_are_meant_to(results):
     told = {mode: results["told"][mode]["collectives"] for mode in MODES}
     assert told["none"]["all-to-all"] == told["kv_gather"]["all-to-all"] < told["context"]["all-to-all"] < told["heads"]["all-to-all"]
     assert told["kv_gather"]["all-gather"] > told["context"]["all-gather"]
+
+
+def test_accumulated_gradients_meet_once(results):
+    """Parts of a batch one after the other, data parallel: one all-reduce for everything, outside of all loops, and nothing is gathered."""
+    told = results["told"]["accumulated"]
+    assert told["collectives"] == told["outside"] == {kind: int(kind == "all-reduce") for kind in told["outside"]}

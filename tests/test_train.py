@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from mila_jax.errors import UserError
 from mila_jax.model import stdit3_weights
 from mila_jax.model.weights import load_model
-from mila_jax.train import loop, step
-from mila_jax.train.checkpoint import Checkpoints, abstract_state
+from mila_jax.train import loop, step, trainer as trainer_module
+from mila_jax.train.checkpoint import Checkpoints, laid_out
 from mila_jax.train.metrics import MetricWriter, read_metrics
 from mila_jax.train.optimizer import learning_rate, make_optimizer
-from mila_jax.train.state import create_state
+from mila_jax.train.state import abstract_state
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,9 @@ def parameters(path):
 
 def last_state(config):
     """Parameters, average and optimizer moments of the newest checkpoint, in full precision."""
-    trainer = loop.Trainer(config)
+    trainer = trainer_module.Trainer(config)
     with jax.set_mesh(trainer.mesh):
-        shapes = jax.eval_shape(lambda: create_state(trainer.mesh, trainer.dit, trainer.tx, 0))
-        return Checkpoints(trainer.folder).restore(abstract_state(shapes, trainer.shardings))
+        return Checkpoints(trainer.folder).restore(laid_out(abstract_state(trainer.dit, trainer.tx), trainer.shardings))
 
 
 def test_resume_is_bit_equal(config, tmp_path):
@@ -67,14 +66,14 @@ def test_resume_is_bit_equal(config, tmp_path):
 
 
 def test_loss_falls_on_one_batch(config):
-    trainer = loop.Trainer(with_dir(config, config.train.dir, learning_rate=5e-3, steps=100))
+    trainer = trainer_module.Trainer(with_dir(config, config.train.dir, learning_rate=5e-3, steps=100))
     with jax.set_mesh(trainer.mesh):
         state = trainer.initial_state()
         batch = next(trainer.batches(trainer.train_source, 0))
-        before = float(trainer._loss(state.params, batch, trainer.key, level=jnp.float32(0.5)).mean)
+        before = float(trainer.loss(state.params, batch, trainer.key, level=jnp.float32(0.5)).mean)
         for _ in range(60):
             state, metrics = trainer.step(state, batch, trainer.key)
-        after = float(trainer._loss(state.params, batch, trainer.key, level=jnp.float32(0.5)).mean)
+        after = float(trainer.loss(state.params, batch, trainer.key, level=jnp.float32(0.5)).mean)
     assert np.isfinite(float(metrics["grad_norm"])) and after < 0.8 * before
 
 
@@ -91,10 +90,10 @@ def test_roles_of_frames():
 
 
 def test_clean_frames_do_not_count(config):
-    trainer = loop.Trainer(config)
+    trainer = trainer_module.Trainer(config)
     batch = jax.tree.map(np.asarray, next(trainer.batches(trainer.train_source, 0)))
     params = trainer.initial_state().params
-    value = trainer._loss(params, batch, trainer.key, level=jnp.float32(0.5))
+    value = trainer.loss(params, batch, trainer.key, level=jnp.float32(0.5))
     v, t = batch["latents"].shape[1:3]
     clean, _ = step.frame_roles(jax.random.split(trainer.key, 5)[0], batch, trainer.objective)
     per_frame = np.prod(batch["latents"].shape[3:]) * v
@@ -126,7 +125,7 @@ def test_learning_rate_warms_up_as_in_open_sora():
 SHARDED = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
-from mila_jax.train import loop
+from mila_jax.train.trainer import Trainer
 from mila_jax.config import load_config
 import ml_collections
 config = ml_collections.ConfigDict(json.load(open(sys.argv[1])))
@@ -134,7 +133,7 @@ out = {}
 for name, sizes in json.loads(sys.argv[2]).items():
     config.mesh.update(sizes)
     count = int(np.prod(list(sizes.values())))
-    trainer = loop.Trainer(config, devices=jax.devices()[:count])
+    trainer = Trainer(config, devices=jax.devices()[:count])
     with jax.set_mesh(trainer.mesh):
         state = trainer.initial_state()
         batches = trainer.batches(trainer.train_source, 0)
@@ -186,7 +185,7 @@ def test_bad_configs_fail_before_compiling(config, tmp_path, key, value, match):
     section, name = key.split(".")
     c[section][name] = value
     with pytest.raises(UserError, match=match):
-        loop.Trainer(c)
+        trainer_module.Trainer(c)
 
 
 def test_folder_of_another_model_is_refused(config, tmp_path):
@@ -239,7 +238,7 @@ def test_weights_that_do_not_fit_name_the_tensor(config, tmp_path):
 
 
 def test_weights_of_another_autoencoder_are_refused_and_of_another_text_encoder_reported(config, tmp_path, capsys):
-    trainer = loop.Trainer(with_dir(config, tmp_path))
+    trainer = trainer_module.Trainer(with_dir(config, tmp_path))
     trainer._check_start(trainer.data)
     assert capsys.readouterr().err == ""
     trainer._check_start(trainer.data | {"text_encoder": "minilm"})

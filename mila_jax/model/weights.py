@@ -64,8 +64,8 @@ def save_model(path, params: nnx.State, config, data: dict, prior: Prior | None,
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata=header)
         os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); choose a writable folder") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', None) or error}); choose a writable folder with room") from None
 
 
 def load_model(path) -> WorldModel:

@@ -49,6 +49,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
+def own_rows(sharding: NamedSharding, batch: int) -> list[int]:
+    """Which of `batch` rows lie on this process's devices, ascending: the samples that this process has to load.
+
+    Where an axis that does not split the batch runs across processes, several of them hold the same rows.
+    """
+    parts = sharding.addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (rows,) in parts for row in range(batch)[rows]})
+
+
 def parameter_shardings(mesh: Mesh, params):
     """Shardings of a parameter tree from the logical axes that each parameter was declared with (same structure)."""
 
@@ -57,6 +66,19 @@ def parameter_shardings(mesh: Mesh, params):
         return variable.replace(NamedSharding(mesh, spec(*axes)))
 
     return jax.tree.map(sharding, params, is_leaf=lambda x: hasattr(x, "get_metadata"))
+
+
+def constrain_parameters(params, *lead: str):
+    """States the sharding of a tree of arrays like the parameters, for their gradients. `lead`: mesh axes of the axes ahead of those that the
+    parameters were declared with. Without a mesh this does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+
+    def state(variable):
+        axes = variable.get_metadata().get("out_sharding") or (None,) * (variable.ndim - len(lead))
+        return variable.replace(jax.lax.with_sharding_constraint(variable[...], P(*lead, *spec(*axes))))
+
+    return jax.tree.map(state, params, is_leaf=lambda x: hasattr(x, "get_metadata"))
 
 
 def check_divides(mesh: Mesh, batch: int, heads: int, width: int, frames: int, tokens: int) -> None:

@@ -1,66 +1,163 @@
-"""Checkpoints: orbax with separate items, so that a demo can load `ema` alone, on any mesh.
+"""Checkpoints: orbax with separate items, so that a demo can load `ema` alone, on any mesh and any number of machines.
 
-Items: params, ema, opt_state, meta (the step; data position, noise and schedules all derive from it). The run's config lies
-beside them as config.json, written once.
+Items: params, ema, opt_state; meta (step, health); data (the number of the next batch, which is all that a data pipeline of ours has for a
+state); config. Saving is asynchronous. A checkpoint counts once its folder has its final name, which it gets last of all: whatever kills
+the program, there is the newest finished one to go on from.
 """
 
-import pathlib
+
+import contextlib
+import shutil
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from mila_jax.errors import UserError
-from mila_jax.train.state import TrainState
+from mila_jax.parallel import distributed
+from mila_jax.train.state import Health, TrainState
 
 ITEMS = ("params", "ema", "opt_state")
 
 
-class Checkpoints:
-    """Saves and restores `TrainState`s in `folder`/checkpoints; saving is asynchronous and atomic (a half save is ignored)."""
+class SaveFailed(Exception):
+    """A checkpoint could not be written; str() is the reason in one line. The training state is whole and training can go on."""
 
-    def __init__(self, folder, keep: int = 2):
-        self.folder = pathlib.Path(folder).absolute() / "checkpoints"
+
+class Checkpoints:
+    """Saves and restores `TrainState`s in `folder`/checkpoints.
+
+    folder: local or any path that etils knows (gs://…), the same for all processes. keep: the last so many are kept, and for ever those
+    whose step divides by `keep_every` (0: none).
+    """
+
+    def __init__(self, folder, keep: int = 2, keep_every: int = 0):
+        self.folder = epath.Path(folder) / "checkpoints"
+        if "://" not in str(self.folder):
+            self.folder = epath.Path(self.folder.resolve())  # orbax wants it absolute
+        self._keep, self._keep_every = keep, keep_every
+        self.failures, self._under_way = 0, False  # failures: saves in a row that came to nothing
+        self._manager = self._open()
+
+    def _open(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.folder} ({error.strerror}); set train.dir to a writable folder") from None
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(self.folder, item_names=(*ITEMS, "meta"), options=options)
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, keep_period=self._keep_every or None, create=True, cleanup_tmp_directories=True)
+        return ocp.CheckpointManager(self.folder, item_names=(*ITEMS, "meta", "data", "config"), options=options)
 
     def latest(self) -> int | None:
         """Step of the newest finished checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Starts saving; returns before it is on disk. A step that is there already is left alone."""
-        if self._manager.latest_step() == step:
-            return
+    def steps(self) -> list[int]:
+        """Steps of all finished checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, step: int, config: dict | None = None) -> None:
+        """Starts saving; returns when the state has left the devices, before it is on disk. A step that is there already is left alone.
+
+        config: the run's, as plain values. Raises `SaveFailed` if this save cannot be started or the one before it came to nothing.
+        """
+        health = jax.device_get(state.health)
+        meta = {"step": step, "skipped": int(health.skipped), "skipped_in_row": int(health.in_row), "loss_average": float(health.average)}
         items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
-        self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave({"step": step})))
+        items |= {"meta": ocp.args.JsonSave(meta), "data": ocp.args.JsonSave({"next_batch": step}), "config": ocp.args.JsonSave(config or {})}
+        failure = None
+        try:
+            self.wait()
+        except SaveFailed as error:
+            failure = error
+        if self._manager.latest_step() != step:
+            self._check_space(state)
+            with self._failures():
+                self._manager.save(step, args=ocp.args.Composite(**items))
+            self._under_way = True
+        if failure is not None:
+            raise failure
+
+    def wait(self) -> None:
+        """Waits for the save under way. Raises `SaveFailed` if it comes to nothing."""
+        with self._failures():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        if self._under_way:
+            self._under_way, self.failures = False, 0
+
+    def _check_space(self, state: TrainState) -> None:
+        """Before anything is written: a write that fails half way is loud, slow, and fills the disk for everyone else."""
+        if "://" in str(self.folder):
+            return
+        needed = sum(x.nbytes for name in ITEMS for x in jax.tree.leaves(getattr(state, name)))
+        free = shutil.disk_usage(self.folder).free
+        if distributed.agree(float(free < needed)):  # of process 0, so that all do the same
+            self.failures += 1
+            raise SaveFailed(f"{needed / 2**20:,.1f} MiB are needed and {free / 2**20:,.1f} MiB are free")
+
+    @contextlib.contextmanager
+    def _failures(self):
+        """Turns whatever storage raises in the block into `SaveFailed`."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 storage libraries raise what they like
+            self.failures += 1
+            self._under_way = False
+            self.restart()
+            raise SaveFailed(_one_line(error)) from error
+
+    def restart(self) -> None:
+        """After a failure: clears away what the failed save left, which may be what fills the disk."""
+        if jax.process_count() > 1:  # opening anew is a meeting of all processes, and only this one may have failed
+            return
+        try:
+            self._manager.close()
+        except Exception:  # noqa: BLE001 what it still holds is what failed
+            pass
+        self._manager = self._open()
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
-        """The state at `step` (newest by default) laid out as `abstract` (ShapeDtypeStructs with shardings).
+        """The state at `step` (newest by default) laid out as `abstract` (`laid_out`).
 
-        Raises `UserError` if there is none or it belongs to another model.
+        A newest checkpoint that cannot be read is told and left out in favour of the one before. Raises `UserError` if there is none, or
+        none of them is of this model.
         """
-        step = self.latest() if step is None else step
-        if step is None:
+        steps = self.steps()[::-1] if step is None else [step]
+        if not steps:
             raise UserError(f"{self.folder} holds no finished checkpoint; train first")
+        reasons = []
+        for number in steps:
+            try:
+                return self._restore(abstract, number)
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                reasons.append(f"{number}: {_one_line(error)}")
+                if number != steps[-1]:
+                    print(f"checkpoint {self.folder / str(number)} cannot be read ({_one_line(error)}); taking the one before it", flush=True)
+        raise UserError(f"{self.folder} has no checkpoint of this model ({'; '.join(reasons)[:400]}); use its config or another train.dir")
+
+    def _restore(self, abstract: TrainState, step: int) -> TrainState:
         items = {name: ocp.args.StandardRestore(getattr(abstract, name)) for name in ITEMS}
-        try:
-            out = self._manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
-        except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise UserError(f"{self.folder}/{step} does not fit this model ({reason}); use its config or another train.dir") from None
-        return TrainState(step=jnp.int32(out["meta"]["step"]), **{name: out[name] for name in ITEMS})
+        out = self._manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+        meta = out["meta"]
+        health = Health(np.float32(meta["loss_average"]), np.int32(meta["skipped"]), np.int32(meta["skipped_in_row"]))
+        place = lambda value, like: jax.make_array_from_callback((), like.sharding, lambda _: np.asarray(value, like.dtype))  # noqa: E731
+        return TrainState(
+            step=place(meta["step"], abstract.step), health=jax.tree.map(place, health, abstract.health), **{name: out[name] for name in ITEMS}
+        )
 
     def close(self) -> None:
-        """Waits for the saves under way."""
-        self._manager.wait_until_finished()
+        """Waits for the save under way and lets go; never raises."""
+        with contextlib.suppress(Exception):  # whoever wants to know has called `wait`
+            self._manager.wait_until_finished()
         self._manager.close()
 
 
-def abstract_state(state_shapes: TrainState, shardings: TrainState) -> TrainState:
+def _one_line(error) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:80]} … {text[-115:]}"  # the cause comes last
+
+
+def laid_out(state_shapes: TrainState, shardings: TrainState) -> TrainState:
     """ShapeDtypeStructs with shardings, for `restore`."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state_shapes, shardings)

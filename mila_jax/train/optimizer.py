@@ -1,6 +1,14 @@
 """AdamW with warm-up and clipping, as a function of the config's `train` section."""
 
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 import optax
+
+from mila_jax.errors import UserError
+
+MOMENTS = ("float32", "bfloat16")
 
 
 def learning_rate(train):
@@ -13,6 +21,63 @@ def learning_rate(train):
 
 
 def make_optimizer(train) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (β₁ 0.9). Moments are float32 like the parameters."""
+    """Clip by global norm, then AdamW (β₁ 0.9). Moments are float32 like the parameters, or bfloat16 with `train.moments`.
+
+    Raises `UserError` for another type of moments.
+    """
+    moments = train.get("moments", "float32")
+    if moments not in MOMENTS:
+        raise UserError(f"train.moments={moments!r} is unknown; use one of {', '.join(MOMENTS)}")
     adam = optax.adamw(learning_rate(train), b1=0.9, b2=train.beta2, eps=train.epsilon, weight_decay=train.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(train.clip), adam)
+    return optax.chain(optax.clip_by_global_norm(train.clip), adam if moments == "float32" else in_bfloat16(adam))
+
+
+class HalvedState(NamedTuple):
+    """count int32 []: updates so far; inner: the optimizer's state, its float32 arrays in bfloat16."""
+
+    count: jax.Array
+    inner: optax.OptState
+
+
+def in_bfloat16(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` with its moments kept in bfloat16: half the optimizer's memory, computed in float32 all the same.
+
+    Rounding is stochastic: a step changes the second moment by about 1 - β₂ of itself, far less than half the distance of two
+    neighbouring bfloat16 numbers, so that rounding to the nearest would never change it at all.
+    """
+
+    def halve(tree, count):
+        leaves, structure = jax.tree.flatten(tree)
+        seeds = _scramble(count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.arange(len(leaves), dtype=jnp.uint32))
+        return structure.unflatten([round_stochastically(x, seeds[i]) if x.dtype == jnp.float32 else x for i, x in enumerate(leaves)])
+
+    def init(params):
+        return HalvedState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, tx.init(params)))
+
+    def update(grads, state, params=None):
+        whole = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, state.inner)
+        updates, inner = tx.update(grads, whole, params)
+        return updates, HalvedState(state.count + 1, halve(inner, state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scramble(x):
+    """A one-to-one map of uint32 numbers that leaves no pattern (the finaliser of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def round_stochastically(x, seed):
+    """float32 → bfloat16, up or down with probabilities that keep the mean; finite numbers only. seed: uint32 [].
+
+    The dither is a hash of each element's place: the same on any mesh, and a few operations where a random generator for each of some
+    hundred arrays would make up most of the program.
+    """
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    up = _scramble(place ^ seed) >> 16  # carries into the upper half as often as the lower half is large
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jax.lax.bitcast_convert_type((bits + up) & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)

@@ -13,8 +13,9 @@ from mila_jax.flow.schedules import check_anchor, training_levels
 from mila_jax.model.conditions import from_clip
 from mila_jax.model.network import make_velocity
 from mila_jax.parallel.compiler_options import options_of
-from mila_jax.parallel.logical import with_rules
-from mila_jax.train.state import TrainState
+from mila_jax.parallel.logical import mesh_axes, use_rules, with_rules
+from mila_jax.parallel.mesh import constrain_parameters
+from mila_jax.train.state import Health, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Objective:
     text_drop: float
     waypoint_drop: float
     ema: float
+    explode: float = 10.0
 
     @classmethod
     def from_config(cls, config) -> "Objective":
@@ -40,6 +42,7 @@ class Objective:
         return cls(
             level=t.level, tpd_rate=t.tpd_rate, tpd_family=w.tpd_family, tpd_strength=w.tpd_strength, anchor_level=w.anchor_level,
             anchor_rate=t.anchor_rate, anchor_noisy=t.anchor_noisy, text_drop=t.text_drop, waypoint_drop=t.waypoint_drop, ema=t.ema,
+            explode=t.get("explode", 10.0),
         )  # fmt: skip
 
 
@@ -60,48 +63,147 @@ def frame_roles(key, clip, objective: Objective):
     return (place < clip["conditioning"][:, None]) | (tail & ~anchor), anchor
 
 
-def loss(params, clip, key, *, graphdef, config, prior, objective: Objective, level=None):
-    """Masked rectified-flow loss (eq. (15)) of a batch of clips → `flow.rectified_flow.MaskedLoss`.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Everything random of a batch: levels [b, t], clean bool [b, t], noise like the latents, drop_text and drop_waypoints bool [b]."""
 
-    `level`: one fixed noise level for all samples (evaluation), with every other draw as in training; None draws levels.
-    """
-    latents = clip["latents"].astype(jnp.float32)
-    b = latents.shape[0]
+    levels: jax.Array
+    clean: jax.Array
+    noise: jax.Array
+    drop_text: jax.Array
+    drop_waypoints: jax.Array
+
+
+def draw(clip, key, objective: Objective, level=None) -> Draws:
+    """The draws of a batch from its key. `level`: one fixed noise level for all samples (evaluation) instead of drawn ones."""
+    b = clip["latents"].shape[0]
     k_roles, k_level, k_tpd, k_noise, k_drop = jax.random.split(key, 5)
     clean, anchor = frame_roles(k_roles, clip, objective)
     sigma = draw_levels(k_level, b, distribution=objective.level) if level is None else jnp.full((b,), level)
     alpha = jnp.where(jax.random.uniform(k_tpd, (b,)) < objective.tpd_rate, objective.tpd_strength, 0.0)
     levels = training_levels(sigma, clean, anchor, alpha=alpha, family=objective.tpd_family, sigma_a=objective.anchor_level)
-    levels = jnp.broadcast_to(levels[:, None], latents.shape[:3])
-    noise = noise_like(k_noise, latents.shape)
-    conditions = from_clip(clip)
     no_text, no_waypoints = jax.random.uniform(k_drop, (2, b))
-    conditions = conditions.replace(drop_text=no_text < objective.text_drop, drop_waypoints=no_waypoints < objective.waypoint_drop)
+    noise = noise_like(k_noise, clip["latents"].shape)
+    return Draws(levels, clean, noise, no_text < objective.text_drop, no_waypoints < objective.waypoint_drop)
+
+
+def loss_of(params, clip, draws: Draws, *, graphdef, config, prior):
+    """Masked rectified-flow loss (eq. (15)) of a batch of clips with these draws → `flow.rectified_flow.MaskedLoss`."""
+    latents = clip["latents"].astype(jnp.float32)
+    levels = jnp.broadcast_to(draws.levels[:, None], latents.shape[:3])
+    conditions = from_clip(clip).replace(drop_text=draws.drop_text, drop_waypoints=draws.drop_waypoints)
     velocity = make_velocity(graphdef, params, config, prior)
-    predicted = velocity(add_noise(latents, noise, levels), levels, conditions)
-    return masked_loss(predicted, velocity_target(latents, noise), ~clean)
+    predicted = velocity(add_noise(latents, draws.noise, levels), levels, conditions)
+    return masked_loss(predicted, velocity_target(latents, draws.noise), ~draws.clean)
 
 
-def train_step(state: TrainState, clip, key, *, graphdef, config, prior, objective: Objective, tx):
-    """One update. `clip`: batch of `data_pipeline.clips`; `key`: the run's key (the step is folded in here).
+def loss(params, clip, key, *, graphdef, config, prior, objective: Objective, level=None):
+    """`loss_of` with the draws of `key`; `level` as in `draw`."""
+    return loss_of(params, clip, draw(clip, key, objective, level), graphdef=graphdef, config=config, prior=prior)
 
-    Returns the new state and metrics (scalars): loss, gradient norm.
+
+def split_batch(tree, parts: int, groups: int):
+    """Arrays [b, …] → [parts, b / parts, …], or with several groups [parts, groups, b / parts / groups, …].
+
+    A part takes every `parts`-th sample of each device's own: cut into stretches instead, most devices would have none of a part, and
+    the compiler would gather the batch on all of them.
     """
 
-    def mean_loss(params):
-        value = loss(
-            params, clip, jax.random.fold_in(key, state.step), graphdef=graphdef, config=config, prior=prior, objective=objective
-        )
-        return value.mean
+    def split(x):
+        x = x.reshape(groups, x.shape[0] // groups // parts, parts, *x.shape[1:])
+        x = jnp.moveaxis(x, 2, 0)
+        return x if groups > 1 else x[:, 0]
 
-    value, grads = jax.value_and_grad(mean_loss)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    return jax.tree.map(split, tree)
+
+
+def gradients(selected, params, clip, key, *, graphdef, config, prior, objective: Objective, trainable=None, accumulate: int = 1, groups: int = 1):
+    """(mean loss of the batch, its gradient with respect to `selected`, the trained part of `params`).
+
+    accumulate: parts that the batch is taken in, one after the other, with one part's activations in memory at a time. Sums of squares and
+    their gradients are added and divided by the number of noisy values at the end, so that the result is the large batch's to rounding.
+    groups: size of the mesh axis `data`. Each group of devices adds up the gradients of its own samples; they meet once, after the last part
+    (left to itself, the compiler has them meet in each part and layer).
+    """
+    draws = draw(clip, key, objective)
+
+    def value(selected, clip, draws):
+        whole = selected if trainable is None else trainable.merge(params, selected)
+        return loss_of(whole, clip, draws, graphdef=graphdef, config=config, prior=prior)
+
+    if accumulate == 1:
+        return jax.value_and_grad(lambda s: value(s, clip, draws).mean)(selected)
+
+    def part(selected, clip, draws):
+        def total(s):
+            out = value(s, clip, draws)
+            return out.sum, out.count
+
+        (total, count), grads = jax.value_and_grad(total, has_aux=True)(selected)
+        return total, count, grads
+
+    axes = mesh_axes("batch")
+    groups = groups if "data" in axes else 1
+    lead = ("data",) if groups > 1 else ()
+
+    def body(sums, both):
+        if groups == 1:
+            total, count, grads = part(selected, *both)
+        else:
+            with use_rules(batch=tuple(a for a in axes if a != "data")):
+                total, count, grads = jax.vmap(part, (None, 0, 0), spmd_axis_name="data")(selected, *both)
+        total, count, grads = jax.tree.map(jnp.add, sums, (total, count, grads))
+        return (total, count, constrain_parameters(grads, *lead)), None
+
+    shape = (groups,) if groups > 1 else ()
+    zeros = jax.tree.map(lambda x: jnp.zeros(shape + x.shape, jnp.float32), selected)
+    start = jnp.zeros(shape), jnp.zeros(shape), constrain_parameters(zeros, *lead)
+    (total, count, grads), _ = jax.lax.scan(body, start, split_batch((clip, draws), accumulate, groups))
+    if groups > 1:
+        total, count, grads = jax.tree.map(lambda x: x.sum(0), (total, count, grads))
+    count = jnp.maximum(count, 1.0)
+    return total / count, jax.tree.map(lambda g: g / count, grads)
+
+
+YOUNG = 20  # good steps before a loss can be called far above the average
+
+
+def train_step(state: TrainState, clip, key, *, graphdef, config, prior, objective: Objective, tx, trainable=None, accumulate: int = 1, groups: int = 1):
+    """One update. `clip`: batch of `data_pipeline.clips`; `key`: the run's key (the step is folded in here).
+
+    A step whose loss or gradient is no number, or whose loss is more than `objective.explode` times the running average, changes nothing
+    but the counters. Returns the new state and metrics (scalars): loss, grad_norm, skipped, skipped_in_row.
+    """
+    selected = state.params if trainable is None else trainable.select(state.params)
+    value, grads = gradients(
+        selected, state.params, clip, jax.random.fold_in(key, state.step), graphdef=graphdef, config=config, prior=prior, objective=objective,
+        trainable=trainable, accumulate=accumulate, groups=groups,
+    )  # fmt: skip
+    norm = optax.tree.norm(grads)
+    health, ok = judge(state, value, norm, objective.explode)
+    updates, opt_state = tx.update(grads, state.opt_state, selected)
+    new = optax.apply_updates(selected, updates)
+    params = new if trainable is None else trainable.merge(state.params, new)
     # A young average follows closely, so that it does not carry the random start for thousands of steps.
     decay = jnp.minimum(objective.ema, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda average, new: average + (1 - decay) * (new - average), state.ema, params)
-    metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    params, ema, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(ok, new, old), (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+    )
+    metrics = {"loss": value, "grad_norm": norm, "skipped": health.skipped, "skipped_in_row": health.in_row}
+    return TrainState(state.step + 1, params, ema, opt_state, health), metrics
+
+
+def judge(state: TrainState, value, norm, explode: float) -> tuple[Health, jax.Array]:
+    """(health after a step with this loss and gradient norm, whether the step counts)."""
+    before = state.health
+    good = state.step - before.skipped
+    ok = jnp.isfinite(value) & jnp.isfinite(norm) & ((good < YOUNG) | (value <= explode * before.average))
+    weight = jnp.maximum(1.0 / (good + 1.0), 0.01)
+    average = jnp.where(ok, before.average + weight * (value - before.average), before.average)
+    bad = 1 - ok.astype(jnp.int32)
+    return Health(average, before.skipped + bad, (before.in_row + 1) * bad), ok
 
 
 def jit_train_step(shardings, batch_shardings, rules=None, **static):
@@ -111,5 +213,5 @@ def jit_train_step(shardings, batch_shardings, rules=None, **static):
     """
     return jax.jit(
         with_rules(rules or {}, functools.partial(train_step, **static)), donate_argnums=0,
-        in_shardings=(shardings, batch_shardings, None), out_shardings=(shardings, None), compiler_options=options_of(batch_shardings),
+        in_shardings=(shardings, batch_shardings, shardings.step), out_shardings=(shardings, shardings.step), compiler_options=options_of(batch_shardings),
     )  # fmt: skip

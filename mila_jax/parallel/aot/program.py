@@ -19,7 +19,8 @@ from mila_jax.parallel.compiler_options import options_of
 from mila_jax.parallel.logical import rules_from_config, spec, use_rules, with_rules
 from mila_jax.parallel.mesh import batch_sharding, parameter_shardings, replicated
 from mila_jax.train.optimizer import make_optimizer
-from mila_jax.train.state import TrainState, abstract_model, state_shardings
+from mila_jax.train.stages import resolve
+from mila_jax.train.state import abstract_model, abstract_state, state_shardings
 from mila_jax.train.step import Objective, jit_train_step
 from mila_jax.views import VIEWS
 
@@ -65,13 +66,13 @@ def train_program(config, sizes: Sizes, mesh: Mesh) -> Program:
     """The training step with a donated abstract state."""
     tx = make_optimizer(config.train)
     graphdef, params = abstract_model(sizes.dit)
-    shardings = state_shardings(mesh, sizes.dit, tx)
-    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, params, jax.eval_shape(tx.init, params))
+    trainable = resolve(params, config.train.get("trainable", ("*",)), sizes.dit.depth)
+    shardings = state_shardings(mesh, sizes.dit, tx, trainable)
     step = jit_train_step(
         shardings, batch_sharding(mesh), rules=rules_from_config(config), graphdef=graphdef, config=sizes.dit, prior=_prior(config, sizes),
-        objective=Objective.from_config(config), tx=tx,
+        objective=Objective.from_config(config), tx=tx, trainable=trainable, accumulate=config.train.get("accumulate", 1), groups=mesh.shape["data"],
     )  # fmt: skip
-    return Program(step, (_shaped(shapes, shardings), abstract_clip(sizes, batch_sharding(mesh)), _key(mesh)), mesh)
+    return Program(step, (_shaped(abstract_state(sizes.dit, tx, trainable), shardings), abstract_clip(sizes, batch_sharding(mesh)), _key(mesh)), mesh)
 
 
 def sample_program(config, sizes: Sizes, mesh: Mesh) -> Program:

@@ -1,0 +1,46 @@
+"""How fast a run is, in numbers that compare: step time, tokens and model FLOP/s, and their share of the chips' peak."""
+
+import dataclasses
+
+import jax
+
+from mila_jax.parallel.aot.chips import CHIPS
+from mila_jax.parallel.aot.flops import model_flops
+from mila_jax.parallel.aot.sizes import Sizes
+from mila_jax.views import VIEWS
+
+# What JAX calls the devices → our names.
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU v7x": "tpu7x"}
+
+
+def peak_flops(device) -> float | None:
+    """bf16 FLOP/s of a device, None for kinds whose peak is not in mila_jax/parallel/aot/chips.py (CPUs, GPUs)."""
+    name = _KINDS.get(device.device_kind)
+    return CHIPS[name].peak if name else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """tokens: patches of all views of all frames of a batch; flops: of the model for one step, forward and backward, without what is computed
+    again (`parallel.aot.flops`, held against the traced program by tests); devices; peak: FLOP/s of one of them or None."""
+
+    tokens: int
+    flops: float
+    devices: int
+    peak: float | None
+
+    @classmethod
+    def of(cls, trainer) -> "Speed":
+        """Of a `Trainer`'s run."""
+        config = trainer.config
+        sizes = Sizes("train", trainer.data, trainer.dit, dict(trainer.mesh.shape), config.train.batch, 1, config.window.frames)
+        frames = -(-config.window.frames // trainer.dit.patch[0])
+        tokens = config.train.batch * len(VIEWS) * frames * sizes.tokens
+        return cls(tokens, model_flops(sizes), trainer.mesh.size, peak_flops(jax.devices()[0]))
+
+    def metrics(self, seconds: float) -> dict:
+        """For a step that took `seconds`; the share of the peak (MFU) only where the peak is known."""
+        out = {"speed/step_seconds": seconds, "speed/tokens_per_second": self.tokens / seconds, "speed/model_tflops_per_second": self.flops / seconds / 1e12}
+        if self.peak:
+            out["speed/mfu"] = self.flops / seconds / (self.devices * self.peak)
+        return out

@@ -1,0 +1,110 @@
+"""Two processes of four CPU devices each as one training run, connected as a pod's machines are."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from mila_jax.train.checkpoint import Checkpoints
+from mila_jax.train.metrics import read_metrics
+from tests.test_survival import STEPS, assert_equal, finish, make, state_of  # noqa: F401 make is a fixture
+from tests.train_probe import start
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start_two(files, *arguments, devices: int = 4):
+    """Both processes; `files`: one config file for both, or one for each."""
+    port, files = free_port(), [files] * 2 if not isinstance(files, list) else files
+    env = [{"MILA_COORDINATOR": f"localhost:{port}", "MILA_PROCESS_ID": str(i), "MILA_PROCESS_COUNT": "2"} for i in range(2)]
+    return [start(file, *arguments, devices=devices, **e) for file, e in zip(files, env)]
+
+
+@pytest.fixture(scope="module")
+def make_sharded(make):  # noqa: F811
+    """Batches of eight over two groups of fully sharded devices, whose processes also meet in gradients."""
+
+    def make_(name, mesh=None, **train):
+        config, file = make(name, batch=8, epsilon=1e-4, **train)
+        config.mesh.update(mesh or dict(data=2, fsdp=4))
+        file.write_text(config.to_json())
+        return config, file
+
+    return make_
+
+
+@pytest.fixture(scope="module")
+def two(make_sharded):
+    """An undisturbed run of two processes: (config, leaves of its state)."""
+    config, file = make_sharded("two")
+    ends = [finish(p) for p in start_two(file)]
+    assert [code for code, _ in ends] == [0, 0], ends[0][1][-1500:] + ends[1][1][-1500:]
+    # Read here, by one process with one device.
+    config.mesh.update(dict(data=1, fsdp=1))
+    step, leaves = state_of(config)
+    assert step == STEPS
+    return config, leaves
+
+
+def test_two_processes_train_what_one_does(two, make_sharded):
+    config, leaves = two
+    one, file = make_sharded("one")
+    code, err = finish(start(file, devices=8))
+    assert code == 0, err[-2000:]
+    losses = [{m["step"]: m["loss"] for m in read_metrics(c.train.dir)} for c in (config, one)]
+    np.testing.assert_allclose(list(losses[0].values()), list(losses[1].values()), rtol=1e-5)
+    assert losses[0].keys() == losses[1].keys() == set(range(1, STEPS + 1))
+
+
+def test_a_notice_to_one_saves_on_both_and_two_or_one_go_on(two, make_sharded):
+    """SIGTERM to one process: both save at one step. Two processes then end where the undisturbed run did, bit for bit; one process on
+    another mesh has the same losses."""
+    undisturbed, expected = two
+    config, file = make_sharded("notice", checkpoint_every=100)
+    runs = start_two(file, "HOOK=slow")
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and len(read_metrics(config.train.dir)) < 2:
+        time.sleep(0.1)
+    os.kill(runs[1].pid, signal.SIGTERM)
+    ends = [finish(p) for p in runs]
+    assert [code for code, _ in ends] == [75, 75], ends[0][1][-1500:] + ends[1][1][-1500:]
+    said = {line for _, err in ends for line in err.splitlines() if line.startswith("told to leave")}
+    saved = Checkpoints(config.train.dir).steps()
+    assert len(saved) == 1 and saved[0] < STEPS and said == {f"told to leave: saved step {saved[0]}; run again to go on"}
+
+    alone = config.copy_and_resolve_references()
+    alone.train.dir = config.train.dir + "_alone"
+    shutil.copytree(config.train.dir, alone.train.dir)
+    alone.mesh.update(dict(data=2, fsdp=2, tensor=2))
+    alone_file = file.with_name("alone.json")
+    alone_file.write_text(alone.to_json())
+
+    ends = [finish(p) for p in start_two(file)]
+    assert [code for code, _ in ends] == [0, 0], ends[0][1][-1500:]
+    config.mesh.update(dict(data=1, fsdp=1))
+    assert_equal(state_of(config)[1], expected)
+
+    code, err = finish(start(alone_file, devices=8))
+    assert code == 0, err[-2000:]
+    losses = [{m["step"]: m["loss"] for m in read_metrics(c.train.dir)} for c in (undisturbed, alone)]
+    assert losses[0].keys() == losses[1].keys() == set(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(losses[1].values()), list(losses[0].values()), rtol=1e-4)
+
+
+def test_processes_that_run_other_settings_end_at_once(make_sharded, tmp_path):
+    _, file = make_sharded("odd")
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 1}))
+    ends = [finish(p) for p in start_two([file, other])]
+    assert [code for code, _ in ends] == [2, 2]
+    for _, err in ends:
+        assert "do not run the same thing: config (process 2 against process 1)" in err and "Traceback" not in err

@@ -1,0 +1,185 @@
+"""The training step on a small random model: accumulation, skipped steps, frozen parameters, moments in bfloat16."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mila_jax.errors import UserError
+from mila_jax.parallel.mesh import make_mesh
+from mila_jax.train.optimizer import in_bfloat16, make_optimizer, round_stochastically
+from mila_jax.train.stages import describe, resolve
+from mila_jax.train.state import abstract_model, create_state
+from mila_jax.train.step import YOUNG, gradients, split_batch, train_step
+from tests.parallel_probe import CONFIG, OBJECTIVE, make_clip
+
+TINY = dataclasses.replace(CONFIG, width=16, heads=2, depth=3)
+KEY = jax.random.key(5)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(dict(data=1, fsdp=1, context=1, tensor=1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    _, params = abstract_model(TINY)
+    r = np.random.default_rng(1)
+    return jax.tree.map(lambda x: (0.2 * r.normal(size=x.shape)).astype(np.float32), params)
+
+
+def adam():
+    return optax.adamw(1e-2, weight_decay=0.0)
+
+
+def make_step(trainable=None, tx=None, **options):
+    graphdef, _ = abstract_model(TINY)
+    static = dict(graphdef=graphdef, config=TINY, prior=None, objective=dataclasses.replace(OBJECTIVE, explode=3.0), tx=tx or adam(), trainable=trainable)
+    return jax.jit(functools.partial(train_step, **static, **options))
+
+
+@pytest.fixture(scope="module")
+def plain_step():
+    return make_step()
+
+
+def make_state(mesh, parameters, trainable=None, tx=None):
+    with jax.set_mesh(mesh):
+        return create_state(mesh, TINY, tx or adam(), 0, parameters, trainable)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(parameters):
+    graphdef, _ = abstract_model(TINY)
+    static = dict(graphdef=graphdef, config=TINY, prior=None, objective=OBJECTIVE)
+    (whole, expected), (parts, got) = (
+        jax.jit(functools.partial(gradients, **static, accumulate=k))(parameters, parameters, make_clip(), KEY) for k in (1, 4)
+    )
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_parts_weigh_by_their_noisy_frames(parameters):
+    """Samples with three clean frames of four count a third of those with one: the mean of the parts' means is another number."""
+    clip = make_clip() | {"conditioning": np.array([1, 3, 1, 3], np.int32)}
+    graphdef, _ = abstract_model(TINY)
+    static = dict(graphdef=graphdef, config=TINY, prior=None, objective=dataclasses.replace(OBJECTIVE, anchor_rate=0.0))
+    whole, parts = (float(jax.jit(functools.partial(gradients, **static, accumulate=k))(parameters, parameters, clip, KEY)[0]) for k in (1, 2))
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_each_device_splits_its_own_rows():
+    x = np.arange(16)  # two groups of eight rows
+    parts = split_batch(x, 2, 2)
+    assert parts.shape == (2, 2, 4) and parts[0].tolist() == [[0, 2, 4, 6], [8, 10, 12, 14]] and parts[1, 0].tolist() == [1, 3, 5, 7]
+    assert split_batch(x, 4, 1).shape == (4, 4)
+
+
+def test_a_step_that_is_no_number_changes_nothing(mesh, parameters, plain_step):
+    state = make_state(mesh, parameters)
+    bad = make_clip()
+    bad["latents"] = np.full_like(bad["latents"], np.nan)
+    state, _ = plain_step(state, make_clip(), KEY)
+    skipped, metrics = plain_step(state, bad, KEY)
+    skipped, metrics = plain_step(skipped, bad, KEY)
+    assert np.isnan(metrics["loss"]) and (int(metrics["skipped"]), int(metrics["skipped_in_row"])) == (2, 2)
+    for part in ("params", "ema", "opt_state"):
+        assert same(getattr(state, part), getattr(skipped, part))
+    assert int(skipped.step) == 3 and float(skipped.health.average) == float(state.health.average)
+    after, metrics = plain_step(skipped, make_clip(), KEY)
+    assert not same(after.params, skipped.params) and (int(metrics["skipped"]), int(metrics["skipped_in_row"])) == (2, 0)
+
+
+def test_a_loss_far_above_the_average_is_skipped_once_there_is_one(mesh, parameters, plain_step):
+    far = make_clip()
+    far["latents"] = far["latents"] * 100
+    state = make_state(mesh, parameters)
+    young, metrics = plain_step(state, far, KEY)
+    assert int(metrics["skipped"]) == 0  # nothing to compare with yet
+    _, metrics = plain_step(state, make_clip(), KEY)
+    settled = dataclasses.replace(state, step=jnp.int32(YOUNG), health=dataclasses.replace(state.health, average=jnp.float32(metrics["loss"])))
+    kept, metrics = plain_step(settled, far, KEY)
+    assert int(metrics["skipped_in_row"]) == 1 and same(kept.params, settled.params)
+    _, metrics = plain_step(settled, make_clip(), KEY)
+    assert int(metrics["skipped"]) == 0
+
+
+def test_frozen_parameters_stay_and_take_no_memory(mesh, parameters):
+    trainable = resolve(parameters, ("pairs[-1].*", "pairs.spatial.attn.*", "final.*"), TINY.depth)
+    state = make_state(mesh, parameters, trainable)
+    before = dict(nnx.to_flat_state(state.params))
+    after, _ = make_step(trainable)(state, make_clip(), KEY)
+    moments = dict(nnx.to_flat_state(after.opt_state[0].mu))
+    for path, value in nnx.to_flat_state(after.params):
+        changed = np.any(np.asarray(value[...]) != np.asarray(before[path][...]), axis=tuple(range(1, value[...].ndim)))
+        if path[0] == "final":
+            assert changed.all() or changed.any()
+            assert moments[path].shape == value.shape
+        elif path[:3] == ("pairs", "spatial", "attn"):
+            assert changed.all() and moments[path].shape == value.shape
+        elif path[0] == "pairs":
+            assert changed.tolist() == [False, False, True] and moments[path].shape == (1, *value.shape[1:])
+        else:
+            assert not changed.any() and path not in moments
+    text = describe(parameters, trainable)
+    assert "frozen" in text and str(sum(x.size for x in jax.tree.leaves(after.opt_state[0].mu))) in text.replace(",", "").splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "patterns, match", [(("pairs.spacial.*",), "names no parameter"), (("pairs[5].*",), "no pair of the 3"), (("pairs[0].*", "pairs[2].*"), "one run")]
+)
+def test_bad_patterns(parameters, patterns, match):
+    with pytest.raises(UserError, match=match):
+        resolve(parameters, patterns, TINY.depth)
+
+
+def test_everything_is_everything(parameters):
+    for patterns in (("*",), ("pairs[0:2].*", "pairs[-1].*", "*.*", "final_table")):
+        trainable = resolve(parameters, patterns, TINY.depth)
+        assert trainable.everything and trainable.select(parameters) is parameters
+
+
+def test_moments_in_bfloat16_follow_those_in_float32():
+    """The second moment of a constant gradient: rounded to nearest it would stop far below its limit."""
+    tx = in_bfloat16(optax.adam(1e-2, b2=0.999))
+    params = {"w": jnp.zeros(4096)}
+    state = tx.init(params)
+    assert {x.dtype for x in jax.tree.leaves(state) if x.ndim} == {jnp.dtype("bfloat16")}
+    update = jax.jit(tx.update)
+    for _ in range(700):
+        _, state = update({"w": jnp.ones(4096)}, state)
+    nu = np.asarray(state.inner[0].nu["w"], np.float32)
+    assert nu.mean() == pytest.approx(1 - 0.999**700, rel=0.01)
+
+
+def test_stochastic_rounding_keeps_the_mean_and_exact_numbers():
+    x = jnp.full(20_000, 1 + 1 / 512)  # a quarter of the way from 1 to its neighbour
+    up = np.asarray(round_stochastically(x, jnp.uint32(7)), np.float32)
+    assert set(up.tolist()) == {1.0, 1.0078125} and up.mean() == pytest.approx(1 + 1 / 512, abs=1e-4)
+    exact = jnp.asarray([0.0, 1.0, -2.5, 1e-30])
+    exact = exact.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.array_equal(np.asarray(round_stochastically(exact, jnp.uint32(7)), np.float32), exact)
+
+
+def test_a_step_with_moments_in_bfloat16(mesh, parameters):
+    tx = in_bfloat16(adam())
+    state, metrics = make_step(tx=tx)(make_state(mesh, parameters, tx=tx), make_clip(), KEY)
+    assert np.isfinite(metrics["loss"]) and {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_unknown_moments(small_config):
+    train = small_config.train.copy_and_resolve_references()
+    train.moments = "float16"
+    with pytest.raises(UserError, match="train.moments"):
+        make_optimizer(train)
