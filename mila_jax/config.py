@@ -20,7 +20,7 @@ def _find(path) -> pathlib.Path:
     for candidate in (given, *shipped):
         if candidate.is_file():
             return candidate
-    known = ", ".join(sorted(f"configs/{p.name}" for p in FOLDER.glob("*.py") if p.name != "__init__.py"))
+    known = ", ".join(sorted(f"configs/{p.name}" for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "stages")))
     raise UserError(f"config file {path} does not exist; shipped ones: {known}")
 
 

@@ -29,7 +29,7 @@ def test_table_equals_its_golden_copy(preset):
 
 
 def test_every_preset_is_in_the_list():
-    files = {p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")} - {"__init__", "demo"}
+    files = {p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")} - {"__init__", "demo", "stages"}
     assert files == set(PRESETS)
 
 
@@ -77,3 +77,16 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def test_frozen_parameters_have_no_moments_and_bfloat16_halves_them():
+    from mila_jax.config import load_config
+    from mila_jax.parallel.table import sharding_table
+
+    def optimizer(*overrides, stage=""):
+        rows = sharding_table(load_config(f"configs/xl.py{stage}", overrides), 64)
+        return sum(r.mib for r in rows if r.group == "optimizer"), sum(r.mib for r in rows if r.group == "parameters")
+
+    (all_, parameters), (frozen, same), (halved, _) = optimizer(), optimizer(stage=":stage1"), optimizer("--config.train.moments=bfloat16")
+    assert parameters == same and all_ == pytest.approx(2 * parameters, rel=1e-4) and halved == pytest.approx(all_ / 2, rel=1e-4)
+    assert frozen < 0.25 * all_

@@ -12,8 +12,10 @@ import pytest
 
 from mila_jax.train.checkpoint import Checkpoints
 from mila_jax.train.metrics import read_metrics
-from tests.test_survival import STEPS, assert_equal, finish, make, state_of  # noqa: F401 make is a fixture
+from tests.test_survival import assert_equal, finish, make, state_of  # noqa: F401 make is a fixture
 from tests.train_probe import start
+
+STEPS = 5
 
 
 def free_port() -> int:
@@ -31,11 +33,11 @@ def start_two(files, *arguments, devices: int = 4):
 
 @pytest.fixture(scope="module")
 def make_sharded(make):  # noqa: F811
-    """Batches of eight over two groups of fully sharded devices, whose processes also meet in gradients."""
+    """Batches of eight; parameters are split over the devices of a process, gradients meet across processes."""
 
     def make_(name, mesh=None, **train):
-        config, file = make(name, batch=8, epsilon=1e-4, **train)
-        config.mesh.update(mesh or dict(data=2, fsdp=4))
+        config, file = make(name, **dict(batch=8, epsilon=1e-4, steps=STEPS, checkpoint_every=3) | train)
+        config.mesh.update(mesh or dict(data=4, fsdp=2))
         file.write_text(config.to_json())
         return config, file
 

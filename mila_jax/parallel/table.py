@@ -15,6 +15,7 @@ from mila_jax.parallel.aot.sizes import data_description
 from mila_jax.parallel.logical import AXES, mesh_axes, rules_from_config, spec, use_rules
 from mila_jax.parallel.mesh import axis_sizes, check_divides
 from mila_jax.train.optimizer import make_optimizer
+from mila_jax.train.stages import resolve
 from mila_jax.train.state import abstract_model
 from mila_jax.views import VIEWS
 
@@ -48,7 +49,7 @@ def sharding_table(config, mesh, data: dict | None = None) -> list[Row]:
     tokens = math.prod(-(-s // p) for s, p in zip(data["latent_shape"], dit.patch[1:]))
     with use_rules(**rules_from_config(config)):
         check_divides(mesh, config.train.batch, dit.heads, dit.width, config.window.frames, tokens)
-        rows = _state_rows(mesh, dit, make_optimizer(config.train))
+        rows = _state_rows(mesh, dit, config.train)
         for name, shape, dtype, logical in _activations(dit, config.train.batch, -(-config.window.frames // dit.patch[0]), tokens):
             rows.append(_row(mesh, "activations", name, shape, dtype, logical))
     return rows
@@ -60,14 +61,16 @@ def _row(mesh, group, name, shape, dtype, logical) -> Row:
     return Row(group, name, tuple(shape), dtype.name, tuple(logical), tuple(mesh_axes(n) for n in logical), math.prod(local) * dtype.itemsize / MIB)
 
 
-def _state_rows(mesh, dit, tx) -> list[Row]:
+def _state_rows(mesh, dit, train) -> list[Row]:
     """Parameters, their average and the optimizer's state, from the same declarations that `train.state` shards them by."""
     _, params = abstract_model(dit)
+    tx = make_optimizer(train)
+    trained = jax.eval_shape(resolve(params, train.get("trainable", ("*",)), dit.depth).select, params)
     # As strings, which are leaves of a tree where tuples are not.
     names_of = lambda v: v.replace(",".join(str(n) for n in v.get_metadata().get("out_sharding") or (None,) * v.ndim))  # noqa: E731
-    logical = jax.tree.map(names_of, params, is_leaf=lambda x: hasattr(x, "get_metadata"))
-    moments = jax.eval_shape(tx.init, params)
-    moments_logical = optax.tree_utils.tree_map_params(tx, lambda _, names: names, moments, logical, transform_non_params=lambda _: "")
+    logical, trained_logical = (jax.tree.map(names_of, p, is_leaf=lambda x: hasattr(x, "get_metadata")) for p in (params, trained))
+    moments = jax.eval_shape(tx.init, trained)
+    moments_logical = optax.tree_utils.tree_map_params(tx, lambda _, names: names, moments, trained_logical, transform_non_params=lambda _: "")
     rows = []
     for group, shapes, names in (("parameters", params, logical), ("ema", params, logical), ("optimizer", moments, moments_logical)):
         for (path, leaf), joined in zip(jax.tree_util.tree_flatten_with_path(shapes)[0], jax.tree.leaves(names), strict=True):

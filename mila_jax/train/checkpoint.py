@@ -136,7 +136,20 @@ class Checkpoints:
                     print(f"checkpoint {self.folder / str(number)} cannot be read ({_one_line(error)}); taking the one before it", flush=True)
         raise UserError(f"{self.folder} has no checkpoint of this model ({'; '.join(reasons)[:400]}); use its config or another train.dir")
 
+    def _check_fits(self, abstract: TrainState, step: int) -> None:
+        """Raises `UserError` with the names of parameters that the checkpoint lacks, has besides, or has in another shape."""
+        stored = ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "params")
+        there, wanted = (
+            {".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(t)[0]}
+            for t in (getattr(stored, "tree", stored), abstract.params)
+        )
+        wrong = sorted(n for n in there.keys() | wanted.keys() if there.get(n) != wanted.get(n))
+        if wrong:
+            told = ", ".join(f"{n.removesuffix('.value')} {there.get(n, 'missing')} for {wanted.get(n, 'none')}" for n in wrong[:8])
+            raise UserError(f"{self.folder / str(step)} is of another model: {told} ({len(wrong)} in all); use its config or another train.dir")
+
     def _restore(self, abstract: TrainState, step: int) -> TrainState:
+        self._check_fits(abstract, step)
         items = {name: ocp.args.StandardRestore(getattr(abstract, name)) for name in ITEMS}
         out = self._manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         meta = out["meta"]

@@ -23,6 +23,7 @@ class MetricWriter:
         from tensorboardX import SummaryWriter  # only training pays for the import
 
         self.folder, self._failed = epath.Path(folder), False
+        self._wandb = _open_wandb(wandb_project, self.folder, config) if wandb_project else None
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         if path.exists():
@@ -30,7 +31,6 @@ class MetricWriter:
             path.write_text("".join(line + "\n" for line in kept))
         self._lines = path.open("a")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
-        self._wandb = _open_wandb(wandb_project, self.folder, config) if wandb_project else None
 
     def write(self, step: int, scalars: dict) -> None:
         """One line; values are Python numbers. Those that are no finite numbers are left out: JSON has none."""

@@ -1,0 +1,89 @@
+"""What a checkpoint holds, which are kept, and what happens to one that cannot be read. Failing writes: tests/test_survival.py."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mila_jax.errors import UserError
+from mila_jax.parallel.mesh import make_mesh
+from mila_jax.train.checkpoint import Checkpoints, laid_out
+from mila_jax.train.state import abstract_state, create_state, state_shardings
+from tests.test_train_step import TINY, adam
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(dict(data=1, fsdp=1, context=1, tensor=1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def state(mesh):
+    with jax.set_mesh(mesh):
+        return create_state(mesh, TINY, adam(), 0)
+
+
+@pytest.fixture(scope="module")
+def abstract(mesh):
+    return laid_out(abstract_state(TINY, adam()), state_shardings(mesh, TINY, adam()))
+
+
+@pytest.fixture
+def saved(state, tmp_path):
+    """Checkpoints of steps 1 to 5, of which the last two and every third are kept."""
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=3)
+    for step in range(1, 6):
+        checkpoints.save(state, step, {"seed": 7})
+    checkpoints.wait()
+    yield checkpoints
+    checkpoints.close()
+
+
+def test_last_and_every_so_many_are_kept(saved):
+    assert saved.steps() == [3, 4, 5] and saved.latest() == 5
+
+
+def test_items_lie_apart(saved, state):
+    folder = saved.folder / "5"
+    assert {"params", "ema", "opt_state", "meta", "data", "config"} <= {p.name for p in folder.iterdir()}
+    metas = {name: json.loads((folder / name / "metadata").read_text()) for name in ("meta", "data", "config")}
+    assert metas["data"] == {"next_batch": 5} and metas["config"] == {"seed": 7} and metas["meta"]["step"] == 5
+    ema = ocp.StandardCheckpointer().restore(folder / "ema")  # alone, without knowing the model
+    assert len(jax.tree.leaves(ema)) == len(jax.tree.leaves(state.ema))
+
+
+def test_what_comes_back_is_what_went_in(saved, state, abstract):
+    back = saved.restore(abstract)
+    assert int(back.step) == 5
+    for a, b in zip(jax.tree.leaves((state.params, state.ema, state.opt_state, state.health)), jax.tree.leaves((back.params, back.ema, back.opt_state, back.health)), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def test_the_one_before_a_newest_that_cannot_be_read(saved, abstract, capsys):
+    shutil.rmtree(saved.folder / "5" / "opt_state")
+    assert int(saved.restore(abstract).step) == 4
+    assert "5 cannot be read" in capsys.readouterr().out
+
+
+def test_no_checkpoint_of_this_model(saved, mesh, tmp_path):
+    import dataclasses
+
+    wider = dataclasses.replace(TINY, width=32)
+    other = laid_out(abstract_state(wider, adam()), state_shardings(mesh, wider, adam()))
+    with pytest.raises(UserError, match=r"of another model: .*conditions.camera.fc1.bias \(16,\) for \(32,\)"):
+        saved.restore(other)
+    with pytest.raises(UserError, match="train first"):
+        Checkpoints(tmp_path / "empty").restore(other)
+
+
+def test_half_a_checkpoint_is_cleared_away(saved, tmp_path):
+    half = saved.folder / "9.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "junk").write_bytes(b"junk")
+    saved.close()
+    again = Checkpoints(tmp_path)
+    assert again.latest() == 5 and not half.exists()
+    again.close()
