@@ -78,6 +78,8 @@ def demo(config, out, *, fresh: bool = False, from_scratch: bool = False, second
         prepare(config, progress=progress)
     with clock.phase("train", progress):
         outcome = train(config, progress=progress)
+        if outcome.code:  # told to leave: saved, and no video of half a training
+            raise KeyboardInterrupt
     config = window_settings(load_model(outcome.model), config)
     with clock.phase("generate", progress):
         start, scene, after, generated = _generate(config, outcome.model, out / "video", frames, progress)

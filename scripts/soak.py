@@ -36,6 +36,7 @@ def arguments():
     parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30, help="gives up after so long")
+    parser.add_argument("--reuse", action="store_true", help="take the undisturbed run that an earlier call with the same settings left")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "soak")
     parser.add_argument("--data", type=pathlib.Path, default=None)
     return parser.parse_args()
@@ -157,7 +158,7 @@ def main() -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     deadline, chance = began + 60 * options.minutes, random.Random(options.seed)
     data = options.data or prepare(options.out)
-    for name in ("undisturbed", "disturbed"):
+    for name in ("disturbed",) if options.reuse else ("undisturbed", "disturbed"):
         shutil.rmtree(options.out / name, ignore_errors=True)
     quiet = Run(options.out / "undisturbed", options, data)
     quiet.start()
@@ -173,7 +174,7 @@ def main() -> int:
         left_alone = sum(done.values()) >= options.events
         kind = chance.choice(KINDS)
         saving = None if left_alone else disturb(run, kind, chance, deadline)
-        codes = run.wait(deadline - time.monotonic() if saving is None else 45)
+        codes = run.wait(deadline - time.monotonic() if saving is None else 45 if kind.startswith("terminate") else 5)
         ends.update(map(str, codes))
         if saving is not None:
             done[kind] += 1

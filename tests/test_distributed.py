@@ -12,7 +12,8 @@ from mila_jax.parallel.mesh import batch_sharding, make_mesh, own_rows
 def calls(monkeypatch):
     made = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: made.append(options))
-    for name in (distributed.COORDINATOR, distributed.PROCESS, distributed.PROCESSES, "TPU_WORKER_HOSTNAMES"):
+    monkeypatch.setattr(distributed, "tpu_present", lambda: False)
+    for name in (distributed.COORDINATOR, distributed.PROCESS, distributed.PROCESSES, "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
         monkeypatch.delenv(name, raising=False)
     return made
 
@@ -43,6 +44,21 @@ def test_a_pod_worker_that_finds_itself_alone_ends(calls, monkeypatch):
     with pytest.raises(UserError, match="one of 4 machines of a slice, but runs alone"):
         distributed.start()
     assert calls == [dict(initialization_timeout=300)]
+
+
+def test_a_tpu_vm_asks_its_cloud(calls, monkeypatch):
+    monkeypatch.setattr(distributed, "_metadata", {"worker-network-endpoints": "a:1:10.0.0.2,b:1:10.0.0.3"}.get)
+    distributed.start()
+    assert calls == []  # no TPU here
+    monkeypatch.setattr(distributed, "tpu_present", lambda: True)
+    with pytest.raises(UserError, match="one of 2 machines"):
+        distributed.start()
+    monkeypatch.setattr(distributed, "_metadata", lambda attribute: "")
+    distributed.start()
+    assert len(calls) == 1
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
+    with pytest.raises(UserError, match="one of 2 machines"):
+        distributed.start()
 
 
 @pytest.mark.parametrize("process, processes, match", [("2", "2", "between 0 and"), ("x", "2", "whole numbers"), ("", "2", "without MILA_PROCESS_ID")])

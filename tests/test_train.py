@@ -50,7 +50,8 @@ def last_state(config):
 
 
 def test_resume_is_bit_equal(config, tmp_path):
-    whole = loop.train(with_dir(config, tmp_path / "whole"), progress=False)
+    whole = loop.train(with_dir(config, tmp_path / "whole", profile=(3, 2)), progress=False)
+    assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb"))
     first = loop.train(with_dir(config, tmp_path / "parts"), progress=False, stop_after=3)
     assert (first.step, first.finished) == (3, False)
     second = loop.train(with_dir(config, tmp_path / "parts"), progress=False)

@@ -7,12 +7,14 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import urllib.request
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from mila_jax.errors import UserError
+from mila_jax.runtime import tpu_present
 
 # For machines other than TPUs and clusters that JAX knows by itself, and for tests.
 COORDINATOR, PROCESS, PROCESSES = "MILA_COORDINATOR", "MILA_PROCESS_ID", "MILA_PROCESS_COUNT"
@@ -32,8 +34,22 @@ class Place:
 
 
 def _workers() -> int:
-    """Machines of the TPU slice that this one belongs to, as its environment says; 1 elsewhere."""
-    return len([name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name.strip()]) or 1
+    """Machines of the TPU slices that this one belongs to, as its environment (GKE) or its cloud (TPU VMs) says; 1 elsewhere."""
+    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if not names and tpu_present():
+        names = _metadata("worker-network-endpoints")
+    slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
+    return max(1, len([name for name in names.split(",") if name.strip()])) * (int(slices) if slices.isdigit() else 1)
+
+
+def _metadata(attribute: str) -> str:
+    """What a Google Cloud machine is told about itself; "" where nobody answers (Colab, other clouds)."""
+    url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{attribute}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=3) as answer:
+            return answer.read().decode()
+    except (OSError, ValueError):
+        return ""
 
 
 def _explicit() -> dict | None:

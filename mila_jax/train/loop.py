@@ -132,16 +132,20 @@ class _Run:
                 bar.update()
                 if step % settings.log_every == 0 or step == last:
                     log.later(step, metrics)
-                if evaluation is not None and step % settings.eval_every == 0:
+                evaluates, saves = evaluation is not None and step % settings.eval_every == 0, step % settings.checkpoint_every == 0 and step < last
+                if evaluates or saves:
+                    jax.block_until_ready(metrics)  # both wait for the device anyway; here it counts as steps
+                if evaluates:
                     with clock("evaluation"), jax.transfer_guard("allow"):
                         self._evaluate(evaluation, state, step, writer)
-                if step % settings.checkpoint_every == 0 and step < last:
+                if saves:
                     with clock("checkpoint"), jax.transfer_guard("allow"):
                         self._save(state, step, metrics)
                 if deadline is not None and step % settings.log_every == 0 and distributed.agree(float(time.monotonic() > deadline)):
                     log.flush()
                     return state, step, "minutes"
         log.flush()
+        jax.block_until_ready(metrics)
         return state, step, "done"
 
     def _evaluate(self, evaluation: Evaluation, state, step: int, writer) -> None:
