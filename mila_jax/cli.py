@@ -92,15 +92,16 @@ def _run(options, config) -> int:
         prepare(config, progress=progress)
         print(config.data.dir)
     elif options.command == "train":
-        from mila_jax.parallel.distributed import start
+        from mila_jax.parallel.distributed import first, start
         from mila_jax.train.loop import train
 
         start(config.distributed.initialize)
         outcome = train(config, progress=progress)
         if outcome.code:
             return outcome.code
-        print(f"{outcome.step} steps; {'finished' if outcome.finished else 'stopped by train.minutes; run again to go on'}")
-        print(outcome.model)
+        if first():
+            print(f"{outcome.step} steps; {'finished' if outcome.finished else 'stopped by train.minutes; run again to go on'}")
+            print(outcome.model)
     elif options.command == "generate":
         from mila_jax.generate import generate_command
 

@@ -67,7 +67,7 @@ class _Run:
     """One start of a run, from its state to its export."""
 
     def __init__(self, trainer: Trainer, checkpoints: Checkpoints, identity: str, began: float, progress: bool):
-        self.trainer, self.checkpoints, self.progress = trainer, checkpoints, progress
+        self.trainer, self.checkpoints, self.progress = trainer, checkpoints, progress and distributed.first()
         self.config, self.settings, self.identity = trainer.config, trainer.config.train, identity
         self.goodput = Goodput(trainer.folder, began)
 
@@ -87,7 +87,7 @@ class _Run:
         distributed.on_first("write config.json", lambda: write_atomically(trainer.folder / "config.json", self.identity.encode()))
         writer = open_things.enter_context(contextlib.closing(self._writer(start)))
         last = settings.steps if stop_after is None else min(settings.steps, start + stop_after)
-        bar = tqdm.tqdm(total=settings.steps, initial=start, desc="train", unit="step", disable=not (self.progress and distributed.first()))
+        bar = tqdm.tqdm(total=settings.steps, initial=start, desc="train", unit="step", disable=not self.progress)
         open_things.enter_context(contextlib.closing(bar))
         notice = Notice()
         open_things.enter_context(notice.listening())
@@ -118,7 +118,7 @@ class _Run:
             for step in range(start + 1, last + 1):
                 if notice.reached(step):
                     log.flush()
-                    return state, step - 1, "notice"
+                    return jax.block_until_ready(state), step - 1, "notice"
                 with clock("data"):
                     batch = next(batches)
                 profile.at(step)
