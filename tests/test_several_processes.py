@@ -110,3 +110,11 @@ def test_processes_that_run_other_settings_end_at_once(make_sharded, tmp_path):
     assert [code for code, _ in ends] == [2, 2]
     for _, err in ends:
         assert "do not run the same thing: config (process 2 against process 1)" in err and "Traceback" not in err
+
+
+def test_checkpoints_on_storage_that_is_not_shared_end_at_once(make_sharded):
+    """Each process writes to a folder of its own, as two machines with local disks would."""
+    _, file = make_sharded("local")
+    ends = [finish(p) for p in start_two(file, "HOOK=own_disk")]
+    assert [code for code, _ in ends] == [2, 2]
+    assert all("process 2 does not see what process 1 writes" in err and "train.checkpoints" in err for _, err in ends)

@@ -82,6 +82,14 @@ def slow() -> None:
     Trainer.batches = waiting
 
 
+def own_disk() -> None:
+    """The folder of checkpoints is another one in each process, under one name."""
+    from mila_jax.train.trainer import Trainer
+
+    shared = Trainer.checkpoints.fget
+    Trainer.checkpoints = property(lambda self: shared(self) / os.environ["MILA_PROCESS_ID"])
+
+
 def terminate_at_five() -> None:
     """A notice to leave comes while step 5 is prepared."""
     _at_step_five(signal.SIGTERM)
@@ -106,7 +114,7 @@ def _at_step_five(number: int) -> None:
     Trainer.batches = hooked
 
 
-HOOKS = {f.__name__: f for f in (small_files, full_disk, broken_batches, slow, terminate_at_five, kill_at_five)}
+HOOKS = {f.__name__: f for f in (small_files, full_disk, broken_batches, slow, own_disk, terminate_at_five, kill_at_five)}
 
 
 def main() -> int:

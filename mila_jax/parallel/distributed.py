@@ -127,6 +127,11 @@ def agree(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(value))) if jax.process_count() > 1 else value
 
 
+def everyone(value: float) -> list[float]:
+    """The values that the processes have, by process, on all of them."""
+    return np.asarray(multihost_utils.process_allgather(np.float32(value))).reshape(-1).tolist()
+
+
 def share(content: bytes | None) -> bytes:
     """The bytes that process 0 has, on all of them; what the others pass is not looked at."""
     if jax.process_count() == 1:

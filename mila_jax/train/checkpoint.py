@@ -48,6 +48,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, keep_period=self._keep_every or None, create=True, cleanup_tmp_directories=True)
         return ocp.CheckpointManager(self.folder, item_names=(*ITEMS, "meta", "data", "config"), options=options)
 
+    def config(self) -> dict | None:
+        """The config beside the newest checkpoint, None if there is none."""
+        step = self.latest()
+        return None if step is None else self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
     def latest(self) -> int | None:
         """Step of the newest finished checkpoint."""
         return self._manager.latest_step()

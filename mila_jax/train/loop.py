@@ -7,6 +7,7 @@ operations in `_steps` matters; see the comments.
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
@@ -52,10 +53,12 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
         print(distributed.place(), flush=True)
     distributed.check_same({"config": config.to_json(), "code": distributed.code_version(), "data": json.dumps(trainer.data, sort_keys=True)})
     identity = _identity(config, trainer.data)
-    distributed.on_first("go on in train.dir", lambda: _check_same_run(trainer.folder, config, json.loads(identity)))
+    check_shared(trainer.checkpoints)
     with contextlib.ExitStack() as open_things:  # closed on an error too, so that saves under way are finished
         open_things.enter_context(jax.set_mesh(trainer.mesh))
-        checkpoints = open_things.enter_context(contextlib.closing(Checkpoints(trainer.folder, config.train.keep, config.train.keep_every)))
+        checkpoints = open_things.enter_context(contextlib.closing(Checkpoints(trainer.checkpoints, config.train.keep, config.train.keep_every)))
+        before = checkpoints.config()  # by all processes
+        distributed.on_first("go on in train.dir", lambda: _check_same_run(trainer.folder, before, config, json.loads(identity)))
         done = trainer.exported()
         if done is not None and done == checkpoints.latest() and done >= config.train.steps:
             return Outcome(done, True, trainer.model_path)
@@ -295,12 +298,35 @@ def _identity(config, data: dict) -> str:
     return json.dumps(json.loads(config.to_json()) | {"data_description": json.loads(json.dumps(data))}, indent=1)
 
 
-def _check_same_run(folder, config, now: dict) -> None:
-    """A folder belongs to one run: refuses another model, window, seed, start, trained parameters or other latents."""
-    path = folder / "config.json"
-    if not path.exists():
+def check_shared(folder) -> None:
+    """Raises `UserError` on all processes when one of them does not see what process 0 writes to the folder of checkpoints."""
+    if jax.process_count() == 1:
         return
-    before = json.loads(path.read_text())
+    token = distributed.share(os.urandom(8) if distributed.first() else None).hex()
+    path = folder / f"shared-{token}"
+
+    def write():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(token)
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints to {folder} ({error.strerror or error}); set train.checkpoints to a writable folder") from None
+
+    distributed.on_first("write a checkpoint", write)
+    seen = distributed.everyone(float(path.exists()))
+    distributed.on_first("write a checkpoint", path.unlink)
+    blind = [str(i + 1) for i, sees in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(f"process {', '.join(blind)} does not see what process 1 writes to {folder}; set train.checkpoints to storage that all machines share")
+
+
+def _check_same_run(folder, beside_checkpoint: dict | None, config, now: dict) -> None:
+    """A folder belongs to one run: refuses another model, window, seed, start, trained parameters or other latents. Where a new machine has no
+    config.json, the one beside the newest checkpoint counts."""
+    path = folder / "config.json"
+    if not path.exists() and not beside_checkpoint:
+        return
+    before = json.loads(path.read_text()) if path.exists() else beside_checkpoint
     different = [f"{part}.{key}" for part in ("model", "window", "data_description") for key in now[part] if before.get(part, {}).get(key) != now[part][key]]
     different += [] if before["seed"] == now["seed"] else ["seed"]
     start, start_before = (pathlib.Path(c["train"]["init_from"] or "").name for c in (now, before))  # the folder may have moved

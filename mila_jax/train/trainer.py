@@ -69,6 +69,11 @@ class Trainer:
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(self.mesh))()
 
     @property
+    def checkpoints(self):
+        """The folder that holds `checkpoints/`."""
+        return epath.Path(self.config.train.checkpoints or self.folder)
+
+    @property
     def tokens(self) -> int:
         """Tokens of one view of one frame."""
         height, width, _ = self.data["latent_shape"]
