@@ -138,18 +138,12 @@ def disturb(run: Run, kind: str, chance: random.Random, deadline: float) -> bool
 
 
 def leaves(folder: pathlib.Path) -> dict:
-    """Name → array of the newest checkpoint, read by orbax alone."""
-    import numpy as np
-    import orbax.checkpoint as ocp
+    """Name → array of everything in the newest checkpoint."""
+    from mila_jax.train.checkpoint import ITEMS, read_arrays
 
     step = max(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
-    out = {}
-    for item in ("params", "ema", "opt_state"):
-        import jax
-
-        tree = ocp.StandardCheckpointer().restore((folder / "checkpoints" / str(step) / item).absolute())
-        out |= {f"{item}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    return {"step": np.asarray(step)} | out
+    newest = (folder / "checkpoints" / str(step)).absolute()
+    return {"step": step} | {f"{item}.{name}": array for item in ITEMS for name, array in read_arrays(newest, item).items()}
 
 
 def main() -> int:

@@ -145,12 +145,12 @@ class Checkpoints:
         """Raises `UserError` with the names of parameters that the checkpoint lacks, has besides, or has in another shape."""
         stored = ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "params")
         there, wanted = (
-            {".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(t)[0]}
+            {_dotted(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(t)[0]}
             for t in (getattr(stored, "tree", stored), abstract.params)
         )
         wrong = sorted(n for n in there.keys() | wanted.keys() if there.get(n) != wanted.get(n))
         if wrong:
-            told = ", ".join(f"{n.removesuffix('.value')} {there.get(n, 'missing')} for {wanted.get(n, 'none')}" for n in wrong[:8])
+            told = ", ".join(f"{n} {there.get(n, 'missing')} for {wanted.get(n, 'none')}" for n in wrong[:8])
             raise UserError(f"{self.folder / str(step)} is of another model: {told} ({len(wrong)} in all); use its config or another train.dir")
 
     def _restore(self, abstract: TrainState, step: int) -> TrainState:
@@ -169,6 +169,20 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # whoever wants to know has called `wait`
             self._manager.wait_until_finished()
         self._manager.close()
+
+
+def read_arrays(folder, item: str = "ema") -> dict[str, np.ndarray]:
+    """One item of a checkpoint (`RUN/checkpoints/STEP`) as NumPy arrays by dotted name: on any machine, without the model or its devices."""
+    path = epath.Path(epath.Path(folder) / item)
+    tree = ocp.StandardCheckpointHandler().metadata(path)
+    tree = getattr(tree, "tree", tree)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    restored = ocp.PyTreeCheckpointHandler().restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {_dotted(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(restored)[0]}
+
+
+def _dotted(path) -> str:
+    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path).removesuffix(".value")
 
 
 def _one_line(error) -> str:
