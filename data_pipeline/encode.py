@@ -91,9 +91,11 @@ class SceneEncoder:
             )
         fingerprint = self.fingerprint(number, scene, moments)
         path, mark = self.out_dir / shard, self.out_dir / f"{shard}.json"
+        front = scene.tracks["CAM_FRONT"]
+        frames = {"front_us": front.timestamps_us.tolist(), "keyframes": np.flatnonzero(front.key).tolist()}
         done = complete(path, mark, fingerprint)
         if done:
-            return done
+            return msgspec.structs.replace(done, **frames)
         # From here until the mark is written again the shard counts as not there, whatever its file holds; an index that
         # knows its old content must go first.
         if path.exists() or mark.exists():
@@ -111,6 +113,7 @@ class SceneEncoder:
             record_bytes=record_bytes,
             timestamps_us=[m.timestamp_us for m in moments],
             fingerprint=fingerprint,
+            **frames,
         )
         records.write_atomically(mark, msgspec.json.encode(entry))
         return entry

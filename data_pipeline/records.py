@@ -81,6 +81,8 @@ class SceneIndex(msgspec.Struct):
     record_bytes: int  # of the serialised records
     timestamps_us: list[int]  # CAM_FRONT, one per record
     fingerprint: str  # of everything that went into the shard
+    front_us: list[int] = []  # all CAM_FRONT records, also where another camera has none
+    keyframes: list[int] = []  # which of those belong to annotated moments
 
 
 class Index(msgspec.Struct):
