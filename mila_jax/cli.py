@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare = command("prepare", "encode a nuScenes data set (config.data.nuscenes) into latents and tokens (config.data.dir)")
     prepare.add_argument("--check", action="store_true", help="encode nothing: report frames, gaps, missing files and clips of each preset")
     prepare.add_argument("--out", metavar="FILE", help="with --check: write the report as JSON, too")
+    prepare.add_argument("--part", metavar="I/N", help="encode part I of N; whoever ends last writes the index")
+    prepare.add_argument("--beam", metavar="OPTIONS", help="run as an Apache Beam pipeline with these options")
     from mila_jax.data_commands import add_clips_arguments
 
     add_clips_arguments(command("clips", "the clips that published scores are computed on, by preset"))
@@ -102,8 +104,8 @@ def _run(options, config) -> int:
     elif options.command == "prepare":
         from mila_jax.prepare import prepare
 
-        prepare(config, progress=progress)
-        print(config.data.dir)
+        missing = prepare(config, progress=progress, part=options.part, beam=options.beam)
+        print(f"{len(missing)} scenes are left to other parts, from {missing[0]} on" if missing else config.data.dir)
     elif options.command == "train":
         from mila_jax.parallel.distributed import first, start
         from mila_jax.train.loop import train

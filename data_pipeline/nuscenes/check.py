@@ -1,14 +1,13 @@
 """What is on disk of a nuScenes version: scenes, frames, gaps, missing files, and which clips it allows (`mila prepare --check`)."""
 
 import collections
-import os
-from pathlib import Path
 
 import numpy as np
 
 from data_pipeline import presets
 from data_pipeline.nuscenes.reader import NuScenes
 from data_pipeline.nuscenes.splits import VERSION_SPLITS, official_scenes
+from data_pipeline.storage import join, list_names
 from mila_jax.views import VIEWS
 
 LONG_GAP_US = 1.5e6 / 12  # half a frame more than one: a frame is missing between
@@ -61,10 +60,7 @@ def missing_files(nusc: NuScenes) -> dict[str, dict]:
     def exists(name: str) -> bool:
         folder, _, file = name.rpartition("/")
         if folder not in listed:
-            try:
-                listed[folder] = set(os.listdir(Path(nusc.root) / folder))
-            except OSError:
-                listed[folder] = set()
+            listed[folder] = set(list_names(join(nusc.root, folder)))
         return file in listed[folder]
 
     out = {}

@@ -6,6 +6,7 @@ is safetensors: nothing in it is executed.
 """
 
 import array
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -119,7 +120,8 @@ def write_copy(path: Path, index: RecordIndex, state: dict) -> None:
         save_file({name: getattr(index, name) for name in ARRAYS}, partial, header)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         print(f"the index of the nuScenes tables cannot be kept in {path.parent} ({error}); set MILA_CACHE to a writable folder", file=sys.stderr)
 
 

@@ -6,13 +6,17 @@ so it is used for nothing but finding the scene. Each camera record carries its 
 
 import dataclasses
 import functools
+import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data_pipeline.nuscenes import splits
-from data_pipeline.nuscenes.index import RecordIndex, open_index
+from data_pipeline.nuscenes.index import RecordIndex, cache_folder, open_index
+from data_pipeline.nuscenes.tables import ROW_TYPES
+from data_pipeline.storage import Folder, is_remote, join, read_file
 from mila_jax.errors import UserError
 from mila_jax.views import VIEWS
 
@@ -92,9 +96,9 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class NuScenes:
-    """A data set on disk: its root folder, version and scenes in the order of the scene table."""
+    """A data set: its root (a folder, or an address in a bucket), version and scenes in the order of the scene table."""
 
-    root: Path
+    root: Path | str
     version: str
     scenes: list[Scene]
 
@@ -121,13 +125,16 @@ def open_nuscenes(root, version: str) -> NuScenes:
     Raises UserError naming the folder, file, field or token: no such root or version, a missing table, invalid JSON, a row
     with a missing field, a token that points nowhere, a scene without one of the cameras or without a split.
     """
-    root = Path(root)
-    folder = root / version
-    if not root.is_dir():
-        raise UserError(f"{root} is no folder: give the nuScenes root, the folder that holds samples/, sweeps/ and {version}/")
-    if not folder.is_dir():
-        found = sorted(p.parent.name for p in root.glob("*/sample_data.json"))
-        raise UserError(f"{folder} is missing; versions in {root}: {', '.join(found) or 'none'}")
+    if is_remote(root):
+        folder = fetch_tables(root, version)
+    else:
+        root = Path(root)
+        folder = root / version
+        if not root.is_dir():
+            raise UserError(f"{root} is no folder: give the nuScenes root, the folder that holds samples/, sweeps/ and {version}/")
+        if not folder.is_dir():
+            found = sorted(p.parent.name for p in root.glob("*/sample_data.json"))
+            raise UserError(f"{folder} is missing; versions in {root}: {', '.join(found) or 'none'}")
     index = open_index(folder)
     split_of = splits.split_of_scenes(folder, version, [scene["name"] for scene in index.scenes])
     scenes = []
@@ -135,6 +142,25 @@ def open_nuscenes(root, version: str) -> NuScenes:
         tracks = {name: Track(index, 6 * number + view) for view, name in enumerate(VIEWS)}
         scenes.append(Scene(**about, split=split_of[about["name"]], tracks=tracks))
     return NuScenes(root, version, scenes)
+
+
+def fetch_tables(root: str, version: str) -> Path:
+    """Copies a version's tables (and its splits.json) from a bucket into the cache, where they are up to date afterwards; that folder."""
+    remote = Folder(join(root, version))
+    home = cache_folder() / "nuscenes" / hashlib.sha256(str(root).encode()).hexdigest()[:32] / version
+    local = Folder(home)
+    local.make()
+    for name in [f"{table}.json" for table in ROW_TYPES] + ["splits.json"]:
+        try:
+            state = remote.state(name).encode()
+        except FileNotFoundError:
+            local.remove(name)
+            continue  # said by whoever needs it
+        if not local.exists(name) or not local.exists(f"{name}.state") or local.read(f"{name}.state") != state:
+            local.remove(f"{name}.state")
+            local.write(name, remote.read(name))
+            local.write(f"{name}.state", state)
+    return home
 
 
 def firing_offset(track: Track, reference: Track) -> float:
@@ -199,7 +225,7 @@ def load_image(path, height: int, width: int) -> np.ndarray:
     resized bicubically. Raises UserError naming the file when it is missing or broken.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_file(path)) if is_remote(path) else path) as image:
             if image.size != (width, height):
                 # Not below twice the target: the block-wise shrink aliases more than the bicubic step after it.
                 image.draft("RGB", (width * 2, height * 2))
