@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
     c.data.version = "v1.0-sim"
     c.data.dir = placeholder(str)  # folder of the encoded data set
     c.data.image_size = (224, 400)  # pixels (height, width); images of another size are resized
-    c.data.encode_batch = 24  # images at a time
+    c.data.encode_batch = 24  # images at a time, over all devices of a host
+    c.data.workers = 1  # encoding processes on this machine (CPUs only; an accelerator belongs to one process)
 
     c.autoencoder = ConfigDict()
     c.autoencoder.path = placeholder(str)  # .safetensors of a trained autoencoder; none: the shipped one for simulated frames

@@ -1,10 +1,17 @@
 """The encoding job: every instant's six images once through the autoencoder, every scene's description once through the text
 encoder. One shard per scene; a scene whose shard is complete is not encoded again.
+
+Any number of processes, on one machine or on many, work on parts of one job: part i of n takes every n-th scene, and needs to know
+nothing of the others. Whoever finds all shards complete writes the index. The output may be a bucket.
 """
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import hashlib
+import io
 import os
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -12,11 +19,25 @@ import numpy as np
 import tqdm
 
 from data_pipeline import records
+from data_pipeline.example import serialise_example
 from data_pipeline.nuscenes.reader import instants, load_image
+from data_pipeline.storage import Folder, join
 from mila_jax.errors import UserError
 
-DECODE_THREADS = 4
+DECODE_THREADS = min(32, os.cpu_count() or 1)
 POSES = ("cam2ego_translation", "cam2ego_rotation", "ego_translation", "ego_rotation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Part `index` of `count` equal ones of a job."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise UserError(f"part {self.index} of {self.count}: parts are numbered 0 to {self.count - 1}")
 
 
 def encode_dataset(
@@ -32,20 +53,51 @@ def encode_dataset(
     batch: int,
     meta: dict,
     progress: bool = True,
-) -> None:
-    """Encodes `nusc` into `out_dir` (layout: data_pipeline/records.py).
+    part: Part = Part(),
+) -> list[str]:
+    """Encodes `nusc`, or a part of it, into `out_dir` (layout: data_pipeline/records.py; a folder or an address).
 
     encode_images: uint8 [batch, H, W, 3] -> float32 [batch, h, w, c], posterior mean, always with the same `batch` so that it
-    compiles once. encode_text: list of n strings -> tokens float32 [n, L, E], mask bool [n, L]. latent_shift, latent_scale: numbers
+    compiles once. encode_text: list of n strings -> tokens [n, L, E], mask bool [n, L]. latent_shift, latent_scale: numbers
     or [c]; stored latents are (mean - shift) / scale. meta: JSON-able description of the encoders (names, hashes); a change of it, of
-    the sizes or of a scene's records makes the scene be encoded again. Raises UserError naming the file for a missing or
-    broken image, an unwritable folder, and latents of another shape than `latent_shape` or not finite.
+    the sizes or of a scene's records makes the scene be encoded again. Returns the scenes that other parts have yet to encode; when
+    there are none, the index has been written. Raises UserError naming the file for a missing or broken image, an unwritable
+    folder, and latents of another shape than `latent_shape` or not finite.
     """
-    out_dir = Path(out_dir)
+    encoder = SceneEncoder(nusc, out_dir, encode_images, make_job(latent_shape, image_size, latent_shift, latent_scale, meta), batch)
+    encode_part(encoder, part, progress)
+    with write_errors(out_dir):
+        return finish(encoder, encode_text)
+
+
+def encode_part(encoder: "SceneEncoder", part: Part, progress: bool) -> None:
+    """Encodes every `part.count`-th scene from number `part.index` on; writes no index."""
+    scenes = encoder.nusc.scenes
+    mine = range(part.index, len(scenes), part.count)
+    sizes = [len(scenes[i].tracks["CAM_FRONT"].files) for i in mine]
+    with write_errors(encoder.out), tqdm.tqdm(total=sum(sizes), desc="encode", unit="instant", disable=not progress) as bar:
+        encoder.out.make()
+        for number, size in zip(mine, sizes):
+            encoder.encode(number)
+            bar.update(size)
+
+
+@contextlib.contextmanager
+def write_errors(out_dir):
+    """Turns an OSError of the output folder into a `UserError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or out_dir
+        raise UserError(f"cannot write the encoded data set: {where}: {error.strerror or error}; choose another folder") from error
+
+
+def make_job(latent_shape, image_size, latent_shift, latent_scale, meta: dict) -> dict:
+    """What every shard of a data set has in common, as plain values."""
     latent_shape = tuple(int(n) for n in latent_shape)
     # One number per channel, whichever way it was given.
     shift, scale = (np.broadcast_to(np.asarray(x, np.float32), latent_shape[-1:]) for x in (latent_shift, latent_scale))
-    job = {
+    return {
         "format": records.FORMAT,
         "latent_shape": list(latent_shape),
         "image_size": [int(n) for n in image_size],
@@ -53,70 +105,100 @@ def encode_dataset(
         "latent_scale": [float(x) for x in scale],
         "meta": meta,
     }
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        encoder = SceneEncoder(nusc.root, out_dir, encode_images, job, batch)
-        scenes, counts = [], {}
-        total = sum(len(s.tracks["CAM_FRONT"].files) for s in nusc.scenes)
-        with tqdm.tqdm(total=total, desc="encode", unit="instant", disable=not progress) as bar:
-            for number, scene in enumerate(nusc.scenes):
-                shard = records.shard_name(scene.split, counts.setdefault(scene.split, 0))
-                counts[scene.split] += 1
-                scenes.append(encoder.encode(number, scene, shard))
-                bar.update(len(scene.tracks["CAM_FRONT"].files))
-        write_text(out_dir, scenes, encode_text)
-        write_metadata(out_dir, scenes, latent_shape)
-        index = records.Index(scenes=scenes, **{**job, "latent_shape": latent_shape, "image_size": tuple(job["image_size"])})
-        records.write_atomically(out_dir / "index.json", msgspec.json.encode(index))
-    except OSError as error:
-        where = error.filename or out_dir
-        raise UserError(f"cannot write the encoded data set: {where}: {error.strerror}; choose another folder") from error
+
+
+def finish(encoder: "SceneEncoder", encode_text) -> list[str]:
+    """Writes text, TFDS metadata and, last, the index, if every shard is complete; otherwise returns the scenes that are not.
+
+    Two parts that end at the same moment may both do it: they write the same bytes.
+    """
+    found = [encoder.finished(number) for number in range(len(encoder.nusc.scenes))]
+    missing = [scene.name for scene, entry in zip(encoder.nusc.scenes, found) if entry is None]
+    if missing:
+        return missing
+    write_text(encoder.out, found, encode_text)
+    write_metadata(encoder.out, found, encoder.job["latent_shape"])
+    sizes = {key: tuple(encoder.job[key]) for key in ("latent_shape", "image_size")}
+    index = records.Index(scenes=found, **{**encoder.job, **sizes})
+    encoder.out.write("index.json", msgspec.json.encode(index))
+    return []
 
 
 class SceneEncoder:
     """Encodes scenes one by one into shards of `out_dir`."""
 
-    def __init__(self, root, out_dir: Path, encode_images, job: dict, batch: int):
-        self.root, self.out_dir, self.encode_images, self.job, self.batch = Path(root), out_dir, encode_images, job, batch
-        self.features = records.make_features(job["latent_shape"])
+    def __init__(self, nusc, out_dir, encode_images, job: dict, batch: int):
+        self.nusc, self.out, self.encode_images, self.job, self.batch = nusc, Folder(out_dir), encode_images, job, batch
+        self.fields = records.record_fields(job["latent_shape"])
         self.shift = np.asarray(job["latent_shift"], np.float32)
         self.scale = np.asarray(job["latent_scale"], np.float32)
+        counts: dict[str, int] = {}
+        self.shards = []
+        for scene in nusc.scenes:
+            self.shards.append(records.shard_name(scene.split, counts.setdefault(scene.split, 0)))
+            counts[scene.split] += 1
 
-    def encode(self, number: int, scene, shard: str) -> records.SceneIndex:
-        """Makes the shard of one scene unless it is complete already; returns the scene's part of the index."""
-        moments = instants(scene)
-        if not moments:
+    def moments(self, number: int) -> list:
+        """The instants of scene `number`; UserError when it has none."""
+        scene = self.nusc.scenes[number]
+        found = instants(scene)
+        if not found:
             raise UserError(
-                f"{self.root}: scene {scene.name!r} has no moment at which all six cameras have a frame; take it out of scene.json"
+                f"{self.nusc.root}: scene {scene.name!r} has no moment at which all six cameras have a frame; take it out of scene.json"
             )
-        fingerprint = self.fingerprint(number, scene, moments)
-        path, mark = self.out_dir / shard, self.out_dir / f"{shard}.json"
-        done = complete(path, mark, fingerprint)
-        if done:
+        return found
+
+    def finished(self, number: int) -> records.SceneIndex | None:
+        """The index entry of scene `number` when its shard is complete and made from the same as now would be, else None."""
+        return self.complete(number, self.fingerprint(number, self.moments(number)))
+
+    def complete(self, number: int, fingerprint: str) -> records.SceneIndex | None:
+        """The index entry of scene `number` when its shard is complete and has this fingerprint, else None."""
+        shard = self.shards[number]
+        try:
+            entry = msgspec.json.decode(self.out.read(f"{shard}.json"), type=records.SceneIndex)
+            if entry.fingerprint != fingerprint or entry.bytes != self.out.size(shard):
+                return None
+        except (msgspec.DecodeError, FileNotFoundError):
+            return None
+        return msgspec.structs.replace(entry, **self.frames(number))
+
+    def frames(self, number: int) -> dict:
+        """CAM_FRONT's times, and which are keyframes: what clip presets need."""
+        front = self.nusc.scenes[number].tracks["CAM_FRONT"]
+        return {"front_us": front.timestamps_us.tolist(), "keyframes": np.flatnonzero(front.key).tolist()}
+
+    def encode(self, number: int) -> records.SceneIndex:
+        """Makes the shard of scene `number` unless it is complete already; returns the scene's part of the index."""
+        scene, shard, moments = self.nusc.scenes[number], self.shards[number], self.moments(number)
+        fingerprint = self.fingerprint(number, moments)
+        if done := self.complete(number, fingerprint):
             return done
         # From here until the mark is written again the shard counts as not there, whatever its file holds; an index that
         # knows its old content must go first.
-        if path.exists() or mark.exists():
-            (self.out_dir / "index.json").unlink(missing_ok=True)
-        mark.unlink(missing_ok=True)
+        if self.out.exists(shard) or self.out.exists(f"{shard}.json"):
+            self.out.remove("index.json")
+            self.out.remove(f"{shard}.json")
         latents = self.latents(scene, moments)
-        record_bytes = self.write_shard(path, number, moments, latents)
+        size, record_bytes = self.write_shard(shard, number, moments, latents)
         entry = records.SceneIndex(
             name=scene.name,
             description=scene.description,
             location=scene.location,
             split=scene.split,
             shard=shard,
-            bytes=path.stat().st_size,
+            bytes=size,
             record_bytes=record_bytes,
             timestamps_us=[m.timestamp_us for m in moments],
             fingerprint=fingerprint,
+            **self.frames(number),
         )
-        records.write_atomically(mark, msgspec.json.encode(entry))
+        self.out.write(f"{shard}.json", msgspec.json.encode(entry))
         return entry
 
-    def fingerprint(self, number: int, scene, moments) -> str:
+    def fingerprint(self, number: int, moments) -> str:
         """A hash of everything that the shard's content depends on, but the pixels themselves."""
+        scene = self.nusc.scenes[number]
         about = [self.job, number, scene.name, scene.token, scene.description, scene.location, scene.split]
         digest = hashlib.sha256(msgspec.json.encode(about, order="sorted"))
         for moment in moments:
@@ -128,7 +210,7 @@ class SceneEncoder:
     def latents(self, scene, moments) -> np.ndarray:
         """Normalised latents float16 [n, 6, h, w, c] of a scene's n instants."""
         height, width = self.job["image_size"]
-        files = [self.root / name for moment in moments for name in moment.files]
+        files = [join(self.nusc.root, name) for moment in moments for name in moment.files]
         out = np.empty((len(files), *self.job["latent_shape"]), np.float16)
         starts = range(0, len(files), self.batch)
         with concurrent.futures.ThreadPoolExecutor(DECODE_THREADS) as pool:
@@ -153,73 +235,73 @@ class SceneEncoder:
             raise UserError(f"the autoencoder gives latents that are not finite for scene {scene.name!r}; check its weights and scale")
         return out.reshape(len(moments), 6, *self.job["latent_shape"])
 
-    def write_shard(self, path: Path, number: int, moments, latents) -> int:
-        """Writes the records under a temporary name and renames; returns their serialised bytes."""
+    def write_shard(self, shard: str, number: int, moments, latents) -> tuple[int, int]:
+        """Writes the records and puts the file in its place; returns the file's bytes and those of the records."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        partial = path.with_name(path.name + ".tmp")
-        # The writer reports a missing or unwritable folder late and without its name; this does at once.
-        partial.open("wb").close()
-        writer = ArrayRecordWriter(str(partial), records.WRITER_OPTIONS)
+        with self.out.writing(shard) as partial:
+            # The writer reports a missing or unwritable folder late and without its name; this does at once.
+            partial.open("wb").close()
+            writer = ArrayRecordWriter(str(partial), records.WRITER_OPTIONS)
+            serialised = self.write_records(writer, number, moments, latents)
+            writer.close()
+            size = partial.stat().st_size
+        return size, serialised
+
+    def write_records(self, writer, number: int, moments, latents) -> int:
+        """Writes one record per instant; returns their bytes."""
         size = 0
         for i, moment in enumerate(moments):
             record = {
                 "latents": latents[i],
                 "timestamps": moment.timestamps_us,
-                "intrinsics": moment.intrinsics.astype(np.float32),
-                "cam2ego_translation": moment.cam2ego_translation.astype(np.float32),
-                "cam2ego_rotation": moment.cam2ego_rotation.astype(np.float32),
-                "ego_translation": moment.ego_translation,
-                "ego_rotation": moment.ego_rotation,
-                "scene": np.int64(number),
-                "instant": np.int64(i),
+                "intrinsics": moment.intrinsics,
+                **{name: getattr(moment, name) for name in POSES},
+                "scene": number,
+                "instant": i,
             }
-            data = self.features.serialize_example(record)
+            data = serialise_example(record, self.fields)
             size += len(data)
             writer.write(data)
-        writer.close()
-        os.replace(partial, path)
         return size
 
 
-def complete(path: Path, mark: Path, fingerprint: str):
-    """The index entry of a finished shard with this fingerprint, or None."""
-    if not (path.exists() and mark.exists()):
-        return None
-    try:
-        entry = msgspec.json.decode(mark.read_bytes(), type=records.SceneIndex)
-    except msgspec.DecodeError:
-        return None
-    return entry if entry.fingerprint == fingerprint and entry.bytes == path.stat().st_size else None
+def write_text(out: Folder, scenes, encode_text) -> None:
+    """text.npz: tokens [scenes, L, E] and mask bool [scenes, L] of the descriptions, in the order of the index.
 
-
-def write_text(out_dir: Path, scenes, encode_text) -> None:
-    """text.npz: tokens float32 [scenes, L, E] and mask bool [scenes, L] of the descriptions, in the order of the index."""
+    Tokens are kept as float32, or as float16 where the encoder gives that (T5's are wide).
+    """
     tokens, mask = encode_text([s.description for s in scenes])
-    partial = out_dir / "text.tmp.npz"
-    np.savez(partial, tokens=np.asarray(tokens, np.float32), mask=np.asarray(mask, bool))
-    os.replace(partial, out_dir / "text.npz")
+    tokens = np.asarray(tokens)
+    content = io.BytesIO()
+    np.savez(content, tokens=tokens if tokens.dtype == np.float16 else tokens.astype(np.float32), mask=np.asarray(mask, bool))
+    out.write("text.npz", content.getvalue())
 
 
-def write_metadata(out_dir: Path, scenes, latent_shape) -> None:
+def write_metadata(out: Folder, scenes, latent_shape) -> None:
     """dataset_info.json and features.json, so that TFDS opens the folder."""
     import tensorflow_datasets as tfds
 
-    infos = []
-    for split in sorted({s.split for s in scenes}):
-        members = [s for s in scenes if s.split == split]
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[len(s.timestamps_us) for s in members],
-                num_bytes=sum(s.record_bytes for s in members),
-                filename_template=records.filename_template(out_dir, split),
+    with tempfile.TemporaryDirectory(prefix="mila-") as scratch:  # TFDS writes local files one after the other
+        for scene in scenes:
+            (Path(scratch) / scene.shard).touch()  # it looks for their names
+        infos = []
+        for split in sorted({s.split for s in scenes}):
+            members = [s for s in scenes if s.split == split]
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[len(s.timestamps_us) for s in members],
+                    num_bytes=sum(s.record_bytes for s in members),
+                    filename_template=records.filename_template(scratch, split),
+                )
             )
+        tfds.folder_dataset.write_metadata(
+            data_dir=scratch,
+            features=records.make_features(latent_shape),
+            split_infos=infos,
+            filename_template=records.filename_template(scratch, infos[0].name),
+            check_data=False,  # the check needs TensorFlow
         )
-    tfds.folder_dataset.write_metadata(
-        data_dir=str(out_dir),
-        features=records.make_features(latent_shape),
-        split_infos=infos,
-        filename_template=records.filename_template(out_dir, infos[0].name),
-        check_data=False,  # the check needs TensorFlow
-    )
+        for path in sorted(Path(scratch).glob("*.json")):
+            out.write(path.name, path.read_bytes())

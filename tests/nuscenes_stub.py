@@ -77,7 +77,7 @@ def encode_text(texts):
 
 
 def encode(root, out, version="v1.0-sim", images=encode_images, **changes):
-    """Encodes the data set at `root` into `out` with the stub encoders."""
+    """Encodes the data set at `root` into `out` with the stub encoders; the scenes left to other parts."""
     settings = {
         "latent_shape": LATENT_SHAPE,
         "image_size": (HEIGHT, WIDTH),
@@ -87,7 +87,7 @@ def encode(root, out, version="v1.0-sim", images=encode_images, **changes):
         "meta": {"autoencoder": "stub"},
         "progress": False,
     } | changes
-    encode_dataset(open_nuscenes(root, version), out, images, encode_text, **settings)
+    return encode_dataset(open_nuscenes(root, version), out, images, encode_text, **settings)
 
 
 def tree_bytes(folder):

@@ -65,9 +65,10 @@ def test_a_clip_holds_its_frames(encoded):
             "text": (4, 5),
             "text_mask": (4,),
         }
-        assert all(clip[k].dtype == np.float32 for k in clip if k not in ("conditioning", "text_mask"))
+        assert all(clip[k].dtype == np.float32 for k in clip if k not in ("conditioning", "text_mask", "latents"))
+        assert clip["latents"].dtype == np.float16, "widened where they are used: a host takes longer for that than for reading"
         assert clip["fps"] == 2 and clip["conditioning"] == 2 and clip["conditioning"].dtype == np.int32
-        np.testing.assert_array_equal(clip["latents"], scene["latents"][rows].swapaxes(0, 1).astype(np.float32))
+        np.testing.assert_array_equal(clip["latents"], scene["latents"][rows].swapaxes(0, 1))
         assert np.abs(clip["frame_times"] - spec.offsets()).max() <= 1 / 24 and clip["frame_times"][1] == 0
         # The stub drives straight on at a constant speed, so waypoints are times.
         np.testing.assert_allclose(clip["waypoints"][:, 0], stub.SPEED * clip["frame_times"], atol=1e-4)
@@ -171,9 +172,6 @@ def test_other_broken_files(encoded, tmp_path):
         (tmp_path / "enc/text.npz").write_bytes(content)
         with pytest.raises(UserError, match="text.npz cannot be read"):
             read_scene(tmp_path / "enc", "scene-0001")
-    (tmp_path / "enc/dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be opened"):
-        records.open_split(tmp_path / "enc", "val")
     index = (tmp_path / "enc/index.json").read_bytes()
     (tmp_path / "enc/index.json").write_bytes(index.replace(b'"format":1', b'"format":99'))
     with pytest.raises(UserError, match="format 99"):

@@ -5,33 +5,81 @@ so it is used for nothing but finding the scene. Each camera record carries its 
 """
 
 import dataclasses
+import functools
+import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data_pipeline.nuscenes import splits
-from data_pipeline.nuscenes.tables import Tables
+from data_pipeline.nuscenes.index import RecordIndex, cache_folder, open_index
+from data_pipeline.nuscenes.tables import ROW_TYPES
+from data_pipeline.storage import Folder, is_remote, join, read_file
 from mila_jax.errors import UserError
-from mila_jax.views import VIEWS, view_index
+from mila_jax.views import VIEWS
 
 REFERENCE = "CAM_FRONT"
 HALF_FRAME_US = 1_000_000 / 24
+RECORD_FIELDS = ("timestamps_us", "intrinsics", "cam2ego_translation", "cam2ego_rotation", "ego_translation", "ego_rotation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """All n records of one camera in one scene, by time."""
+    """All n records of one camera in one scene, by time: a window on the index."""
 
-    timestamps_us: np.ndarray  # int64 [n]
-    key: np.ndarray  # bool [n]
-    samples: list[str]  # sample token of each record
-    files: list[str]  # relative to the data set's root
-    intrinsics: np.ndarray  # float64 [n, 4]: fx, fy, cx, cy as fractions of width and height
-    cam2ego_translation: np.ndarray  # float64 [n, 3] metres
-    cam2ego_rotation: np.ndarray  # float64 [n, 4] w first
-    ego_translation: np.ndarray  # float64 [n, 3] metres
-    ego_rotation: np.ndarray  # float64 [n, 4] w first
+    index: RecordIndex
+    number: int  # 6 * scene + view
+
+    @functools.cached_property
+    def _range(self) -> slice:
+        return slice(int(self.index.first[self.number]), int(self.index.first[self.number + 1]))
+
+    @property
+    def timestamps_us(self) -> np.ndarray:
+        """int64 [n]."""
+        return self.index.timestamps_us[self._range]
+
+    @property
+    def key(self) -> np.ndarray:
+        """bool [n]: the records that belong to an annotated moment."""
+        return self.index.key[self._range]
+
+    @property
+    def sample(self) -> np.ndarray:
+        """int32 [n]: row of the sample table (a sweep names the sample after it)."""
+        return self.index.sample[self._range]
+
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """File names relative to the data set's root."""
+        return self.index.files(self.number)
+
+    @property
+    def intrinsics(self) -> np.ndarray:
+        """float64 [n, 4]: fx, fy, cx, cy as fractions of width and height."""
+        return self.index.intrinsics[self.index.rig[self._range]]
+
+    @property
+    def cam2ego_translation(self) -> np.ndarray:
+        """float64 [n, 3] metres."""
+        return self.index.cam2ego_translation[self.index.rig[self._range]]
+
+    @property
+    def cam2ego_rotation(self) -> np.ndarray:
+        """float64 [n, 4], w first."""
+        return self.index.cam2ego_rotation[self.index.rig[self._range]]
+
+    @property
+    def ego_translation(self) -> np.ndarray:
+        """float64 [n, 3] metres."""
+        return self.index.ego_translation[self._range]
+
+    @property
+    def ego_rotation(self) -> np.ndarray:
+        """float64 [n, 4], w first."""
+        return self.index.ego_rotation[self._range]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +96,9 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class NuScenes:
-    """A data set on disk: its root folder, version and scenes in the order of the scene table."""
+    """A data set: its root (a folder, or an address in a bucket), version and scenes in the order of the scene table."""
 
-    root: Path
+    root: Path | str
     version: str
     scenes: list[Scene]
 
@@ -60,6 +108,8 @@ class Instant:
     """One moment with all six cameras, VIEWS order; `timestamp_us` is CAM_FRONT's, every record has its own pose."""
 
     timestamp_us: int
+    front: int  # number of CAM_FRONT's record in its track
+    key: bool  # that record belongs to an annotated moment
     files: tuple[str, ...]
     timestamps_us: np.ndarray  # int64 [6]
     intrinsics: np.ndarray  # float64 [6, 4] fractions
@@ -75,77 +125,57 @@ def open_nuscenes(root, version: str) -> NuScenes:
     Raises UserError naming the folder, file, field or token: no such root or version, a missing table, invalid JSON, a row
     with a missing field, a token that points nowhere, a scene without one of the cameras or without a split.
     """
-    root = Path(root)
-    folder = root / version
-    if not root.is_dir():
-        raise UserError(f"{root} is no folder: give the nuScenes root, the folder that holds samples/, sweeps/ and {version}/")
-    if not folder.is_dir():
-        found = sorted(p.parent.name for p in root.glob("*/sample_data.json"))
-        raise UserError(f"{folder} is missing; versions in {root}: {', '.join(found) or 'none'}")
-    tables = Tables(folder)
-    records: dict[str, dict[str, list]] = {row.token: {name: [] for name in VIEWS} for row in tables.rows["scene"]}
-    for row in tables.rows["sample_data"]:
-        calibration = tables.follow(row, "calibrated_sensor", "calibrated_sensor_token")
-        channel = tables.follow(calibration, "sensor", "sensor_token").channel
-        if channel not in VIEWS:
-            continue
-        sample = tables.follow(row, "sample", "sample_token")
-        records[tables.follow(sample, "scene", "scene_token").token][channel].append(row)
-    split_of = splits.split_of_scenes(folder, version, [row.name for row in tables.rows["scene"]])
+    if is_remote(root):
+        folder = fetch_tables(root, version)
+    else:
+        root = Path(root)
+        folder = root / version
+        if not root.is_dir():
+            raise UserError(f"{root} is no folder: give the nuScenes root, the folder that holds samples/, sweeps/ and {version}/")
+        if not folder.is_dir():
+            found = sorted(p.parent.name for p in root.glob("*/sample_data.json"))
+            raise UserError(f"{folder} is missing; versions in {root}: {', '.join(found) or 'none'}")
+    index = open_index(folder)
+    split_of = splits.split_of_scenes(folder, version, [scene["name"] for scene in index.scenes])
     scenes = []
-    for row in tables.rows["scene"]:
-        for channel, found in records[row.token].items():
-            if not found:
-                raise UserError(f"{folder}/sample_data.json: scene {row.name!r} has no record of {channel}; all six cameras are needed")
-        tracks = {channel: make_track(tables, found) for channel, found in records[row.token].items()}
-        location = tables.follow(row, "log", "log_token").location
-        scenes.append(Scene(row.name, row.token, row.description, location, split_of[row.name], tracks))
+    for number, about in enumerate(index.scenes):
+        tracks = {name: Track(index, 6 * number + view) for view, name in enumerate(VIEWS)}
+        scenes.append(Scene(**about, split=split_of[about["name"]], tracks=tracks))
     return NuScenes(root, version, scenes)
 
 
-def make_track(tables: Tables, rows: list) -> Track:
-    """Sorts one camera's sample_data rows by time and gathers calibration and poses."""
-    rows = sorted(rows, key=lambda r: r.timestamp)
-    calibrations = [tables.follow(r, "calibrated_sensor", "calibrated_sensor_token") for r in rows]
-    poses = [tables.follow(r, "ego_pose", "ego_pose_token") for r in rows]
-    return Track(
-        timestamps_us=np.array([r.timestamp for r in rows], np.int64),
-        key=np.array([r.is_key_frame for r in rows]),
-        samples=[r.sample_token for r in rows],
-        files=[r.filename for r in rows],
-        intrinsics=np.array([fractions(tables, r, c) for r, c in zip(rows, calibrations)]),
-        cam2ego_translation=np.array([c.translation for c in calibrations]),
-        cam2ego_rotation=np.array([c.rotation for c in calibrations]),
-        ego_translation=np.array([p.translation for p in poses]),
-        ego_rotation=np.array([p.rotation for p in poses]),
-    )
-
-
-def fractions(tables: Tables, row, calibration) -> tuple[float, float, float, float]:
-    """fx, fy, cx, cy of a camera matrix as fractions of the record's width and height."""
-    k = calibration.camera_intrinsic
-    if len(k) != 3 or any(len(line) != 3 for line in k) or row.width < 1 or row.height < 1:
-        raise UserError(
-            f"{tables.folder}/sample_data.json: camera record {row.token!r} has no image size, or its calibrated_sensor "
-            f"{calibration.token!r} no 3x3 camera_intrinsic"
-        )
-    return k[0][0] / row.width, k[1][1] / row.height, k[0][2] / row.width, k[1][2] / row.height
+def fetch_tables(root: str, version: str) -> Path:
+    """Copies a version's tables (and its splits.json) from a bucket into the cache, where they are up to date afterwards; that folder."""
+    remote = Folder(join(root, version))
+    home = cache_folder() / "nuscenes" / hashlib.sha256(str(root).encode()).hexdigest()[:32] / version
+    local = Folder(home)
+    local.make()
+    for name in [f"{table}.json" for table in ROW_TYPES] + ["splits.json"]:
+        try:
+            state = remote.state(name).encode()
+        except FileNotFoundError:
+            local.remove(name)
+            continue  # said by whoever needs it
+        if not local.exists(name) or not local.exists(f"{name}.state") or local.read(f"{name}.state") != state:
+            local.remove(f"{name}.state")
+            local.write(name, remote.read(name))
+            local.write(f"{name}.state", state)
+    return home
 
 
 def firing_offset(track: Track, reference: Track) -> float:
     """Microseconds from the reference camera's firing to this one's: the median over the samples that both have."""
-    time_of = {s: t for s, t, k in zip(reference.samples, reference.timestamps_us, reference.key) if k}
-    offsets = [t - time_of[s] for s, t, k in zip(track.samples, track.timestamps_us, track.key) if k and s in time_of]
-    return float(np.median(offsets)) if offsets else 0.0
+    _, mine, theirs = np.intersect1d(track.sample[track.key], reference.sample[reference.key], return_indices=True)
+    offsets = track.timestamps_us[track.key][mine] - reference.timestamps_us[reference.key][theirs]
+    return float(np.median(offsets)) if len(offsets) else 0.0
 
 
-def instants(scene: Scene) -> list[Instant]:
-    """The scene's instants by time, at about 12 Hz.
+def complete_moments(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """For each of CAM_FRONT's n records the record of every camera, int64 [n, 6], and whether all six have one, bool [n].
 
     For each CAM_FRONT record, each other camera's record nearest to the time at which it should have fired: the cameras of one
     turn fire up to 35 ms after CAM_FRONT while frames can be 50 ms apart, so the nearest record to CAM_FRONT's own time could
-    be the one before, and the same image would appear in two instants. Farther than half a frame (1/24 s) is missing; instants
-    with a missing camera are left out.
+    be the one before, and the same image would appear in two instants. Farther than half a frame (1/24 s) is missing.
     """
     reference = scene.tracks[REFERENCE]
     times = reference.timestamps_us
@@ -156,7 +186,28 @@ def instants(scene: Scene) -> list[Instant]:
         expected = times + firing_offset(track, reference)
         chosen[:, v] = nearest(track.timestamps_us, expected)
         complete &= np.abs(track.timestamps_us[chosen[:, v]] - expected) <= HALF_FRAME_US
-    return [make_instant(scene, chosen[i]) for i in np.flatnonzero(complete)]
+    return chosen, complete
+
+
+def instants(scene: Scene) -> list[Instant]:
+    """The scene's instants by time, at about 12 Hz: CAM_FRONT's records at which no camera is missing (`complete_moments`)."""
+    reference = scene.tracks[REFERENCE]
+    times = reference.timestamps_us
+    chosen, complete = complete_moments(scene)
+    moments = np.flatnonzero(complete)
+    chosen = chosen[moments]
+    tracks = [scene.tracks[name] for name in VIEWS]
+    values = {field: np.stack([getattr(t, field)[chosen[:, v]] for v, t in enumerate(tracks)], 1) for field in RECORD_FIELDS}
+    return [
+        Instant(
+            timestamp_us=int(times[front]),
+            front=int(front),
+            key=bool(reference.key[front]),
+            files=tuple(t.files[n] for t, n in zip(tracks, chosen[i])),
+            **{field: value[i] for field, value in values.items()},
+        )
+        for i, front in enumerate(moments)
+    ]
 
 
 def nearest(sorted_times, wanted):
@@ -167,19 +218,6 @@ def nearest(sorted_times, wanted):
     return np.where(np.abs(sorted_times[after] - wanted) < np.abs(wanted - sorted_times[before]), after, before)
 
 
-def make_instant(scene: Scene, chosen) -> Instant:
-    """Gathers record `chosen[v]` of each camera v."""
-    picks = [(scene.tracks[name], i) for name, i in zip(VIEWS, chosen)]
-
-    def gather(field):
-        return np.stack([getattr(track, field)[i] for track, i in picks])
-
-    fields = ("timestamps_us", "intrinsics", "cam2ego_translation", "cam2ego_rotation", "ego_translation", "ego_rotation")
-    values = {field: gather(field) for field in fields}
-    front = int(values["timestamps_us"][view_index(REFERENCE)])
-    return Instant(timestamp_us=front, files=tuple(track.files[i] for track, i in picks), **values)
-
-
 def load_image(path, height: int, width: int) -> np.ndarray:
     """Decodes a JPEG to uint8 [height, width, 3].
 
@@ -187,7 +225,7 @@ def load_image(path, height: int, width: int) -> np.ndarray:
     resized bicubically. Raises UserError naming the file when it is missing or broken.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_file(path)) if is_remote(path) else path) as image:
             if image.size != (width, height):
                 # Not below twice the target: the block-wise shrink aliases more than the bicubic step after it.
                 image.draft("RGB", (width * 2, height * 2))

@@ -1,9 +1,11 @@
 """The nuScenes tables as typed rows: only the fields that are needed, decoded straight from JSON.
 
-Typed decoding matters at full size: the real sample_data table has about 2.6 million rows, which cost a generic decoder
-several times the time and memory.
+At full size sample_data and ego_pose have 2.6 million rows each, so those are never in memory as objects: `stream` maps the file,
+finds where each row lies and decodes one row at a time.
 """
 
+import mmap
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,6 +14,7 @@ from mila_jax.errors import UserError
 
 Numbers3 = tuple[float, float, float]
 Numbers4 = tuple[float, float, float, float]
+SMALL = 1 << 20  # bytes up to which a file is read instead of mapped (an empty one cannot be mapped)
 
 
 class Sensor(msgspec.Struct, gc=False):
@@ -90,11 +93,19 @@ ROW_TYPES = {
 }
 
 
-def read_table(folder: Path, name: str) -> list:
-    """Rows of table `name` in the version folder. UserError: no such file, invalid JSON, a row with a wrong or missing field."""
-    path = Path(folder) / f"{name}.json"
+def table_path(folder, name: str) -> Path:
+    """The file of table `name` in a version folder."""
+    return Path(folder) / f"{name}.json"
+
+
+def raw_rows(folder, name: str) -> list[msgspec.Raw]:
+    """The rows of table `name`, not decoded. UserError: no such file, unreadable, not a JSON list."""
+    path = table_path(folder, name)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=list[ROW_TYPES[name]])
+        with open(path, "rb") as file:
+            small = path.stat().st_size < SMALL
+            content = file.read() if small else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return msgspec.json.decode(content, type=list[msgspec.Raw])
     except FileNotFoundError:
         raise UserError(f"{path} is missing: unpack all metadata of this nuScenes version into {folder}") from None
     except OSError as error:
@@ -105,22 +116,23 @@ def read_table(folder: Path, name: str) -> list:
         raise UserError(f"{path} is not valid JSON ({error}); unpack it again") from None
 
 
-class Tables:
-    """The tables of one version folder with their rows by token; a token that points nowhere is a UserError."""
+def stream(folder, name: str, row_type=None) -> Iterator:
+    """Yields the rows of table `name` as `row_type` (default: that table's). UserError as `raw_rows`, and naming a broken row."""
+    raws = raw_rows(folder, name)
+    decode = msgspec.json.Decoder(row_type or ROW_TYPES[name]).decode
+    number, path = 0, table_path(folder, name)
+    try:
+        for number, raw in enumerate(raws):
+            yield decode(raw)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: {error} in row [{number}]; the table is not in the nuScenes v1.0 format, unpack it again") from None
+    except msgspec.DecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error} in row [{number}]); unpack it again") from None
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        self.rows = {name: read_table(self.folder, name) for name in ROW_TYPES}
-        self.by_token = {name: {row.token: row for row in rows} for name, rows in self.rows.items() if name != "sample_data"}
 
-    def follow(self, row, table: str, key: str):
-        """The row of `table` that the field `key` of `row` names."""
-        token = getattr(row, key)
-        try:
-            return self.by_token[table][token]
-        except KeyError:
-            origin = next(name for name, kind in ROW_TYPES.items() if isinstance(row, kind))
-            raise UserError(
-                f"{self.folder / origin}.json: {key} {token!r} of row {row.token!r} is not in table {table!r}; "
-                "the tables do not belong together, unpack them again"
-            ) from None
+def dangling(folder, table: str, row, key: str, target: str) -> UserError:
+    """The error for a token, field `key` of `row` in `table`, that is not in table `target`."""
+    return UserError(
+        f"{table_path(folder, table)}: {key} {getattr(row, key)!r} of row {row.token!r} is not in table {target!r}; "
+        "the tables do not belong together, unpack them again"
+    )

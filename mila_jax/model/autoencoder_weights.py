@@ -6,6 +6,7 @@ everything, and the parity check on published weights covers our own files too.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -232,15 +233,23 @@ def from_pixels(images: jax.Array) -> jax.Array:
 
 
 def make_codec(path, chunk: int = 24) -> Codec:
-    """The codec of a weights file (see `load_autoencoder`); `chunk` images go through at a time. Raises what loading raises."""
+    """The codec of a weights file (see `load_autoencoder`). Raises what loading raises.
+
+    At least `chunk` images go through at a time, split over this host's devices: the next multiple of their number.
+    """
     config, params, shift, scale = load_autoencoder(path)
     graphdef, _ = abstract_autoencoder(config)
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("images",))
+    whole, split = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("images",)))
+    chunk = -(-chunk // mesh.size) * mesh.size
+    if mesh.size > 1:
+        params = jax.device_put(params, whole)
 
-    @jax.jit
+    @functools.partial(jax.jit, in_shardings=(whole, split), out_shardings=split)
     def encode(params, images):
         return nnx.merge(graphdef, params).encode(from_pixels(images))[0]
 
-    @jax.jit
+    @functools.partial(jax.jit, in_shardings=(whole, split), out_shardings=split)
     def decode(params, latents):
         return to_pixels(nnx.merge(graphdef, params).decode(latents * scale + shift))
 

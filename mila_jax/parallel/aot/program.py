@@ -58,7 +58,7 @@ def abstract_clip(sizes: Sizes, sharding) -> dict:
         "latents": (v, t, *sizes.data["latent_shape"]), "intrinsics": (v, t, 4), "extrinsics": (v, t, 7), "waypoints": (t, 3), "frame_times": (t,),
         "fps": (), "conditioning": (), "text": (length, width), "text_mask": (length,),
     }  # fmt: skip
-    types = {"conditioning": jnp.int32, "text_mask": jnp.bool_}
+    types = {"latents": jnp.float16, "conditioning": jnp.int32, "text_mask": jnp.bool_}
     return {name: jax.ShapeDtypeStruct((b, *shape), types.get(name, jnp.float32), sharding=sharding) for name, shape in shapes.items()}
 
 
