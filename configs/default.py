@@ -76,8 +76,8 @@ def get_config() -> ConfigDict:
     c.window.tpd_strength = 0.5  # α; 0 = all frames at one level (family and strength reconstructed)
 
     c.train = ConfigDict()
-    c.train.dir = placeholder(str)  # metrics, weights, config, and checkpoints unless …
-    c.train.checkpoints = placeholder(str)  # … they go elsewhere, such as gs://BUCKET/RUN: with several machines, storage that all of them share
+    c.train.dir = placeholder(str)  # metrics, weights, config, checkpoints: a folder, or gs://BUCKET/RUN (with several machines, one that all see)
+    c.train.checkpoints = placeholder(str)  # checkpoints elsewhere than in train.dir
     c.train.steps = 20_000
     c.train.minutes = 0.0  # > 0: stop cleanly after so many minutes
     c.train.batch = 64  # samples a step, over all devices

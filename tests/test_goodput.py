@@ -84,8 +84,10 @@ def test_metrics_that_cannot_be_written_cost_no_run(tmp_path, capsys):
         def write(self, text):
             raise OSError(28, "No space left on device")
 
+        closed = False
+
         def close(self):
-            pass
+            self.closed = True
 
     writer._lines.close()
     writer._lines = Full()

@@ -6,9 +6,8 @@ again after a kill are lost, and so is the time between the last line of a kille
 
 import contextlib
 import json
+import pathlib
 import time
-
-from etils import epath
 
 from data_pipeline.records import write_atomically
 
@@ -20,7 +19,7 @@ class Goodput:
 
     def __init__(self, folder, began: float):
         """folder: the run's; began: time.time() at which this start came to life."""
-        self.path = epath.Path(folder) / "goodput.jsonl"
+        self.path = pathlib.Path(folder) / "goodput.jsonl"
         self.earlier = _read(self.path)
         self.began, self.first = began, None
         self.seconds = dict.fromkeys(KINDS, 0.0)

@@ -216,6 +216,12 @@ class _Run:
         total = distributed.first() and self.goodput.write(step, skipped)
         if total and self.progress:
             print(describe_goodput(total), flush=True)
+        writer.close()
+        if distributed.first():
+            try:
+                self.trainer.run_folder.finish()
+            except UserError as error:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
         if why == "notice":
             print(f"told to leave: {'saved' if saved else 'could not save'} step {step}; run again to go on", file=sys.stderr, flush=True)
             return Outcome(step, False, self.trainer.model_path, notice.code if saved else 1)
@@ -224,6 +230,7 @@ class _Run:
             "data": epath.Path(self.config.data.dir).name,
         }  # fmt: skip
         self.trainer.export(state, card)
+        distributed.on_first("copy the weights", self.trainer.run_folder.finish)
         if not saved:
             raise UserError(f"the last checkpoint could not be written to {self.checkpoints.folder}; the weights are in {self.trainer.model_path}")
         return Outcome(step, step >= self.settings.steps, self.trainer.model_path)
@@ -266,6 +273,7 @@ class _Log:
         if distributed.first():
             scalars["goodput"] = self.run.goodput.write(step, values["skipped"])["goodput"]
         self.writer.write(step, scalars)
+        self.run.trainer.run_folder.push()
         self.bar.set_postfix(loss=f"{values['loss']:.4f}")
 
 

@@ -2,9 +2,8 @@
 
 import json
 import math
+import pathlib
 import sys
-
-from etils import epath
 
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import write_png
@@ -22,7 +21,7 @@ class MetricWriter:
     def __init__(self, folder, resumed_at: int = 0, *, wandb_project: str | None = None, config: dict | None = None):
         from tensorboardX import SummaryWriter  # only training pays for the import
 
-        self.folder, self._failed = epath.Path(folder), False
+        self.folder, self._failed = pathlib.Path(folder), False
         self._wandb = _open_wandb(wandb_project, self.folder, config) if wandb_project else None
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
@@ -54,7 +53,9 @@ class MetricWriter:
             self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
-        """Flushes and closes all."""
+        """Flushes and closes all; twice does nothing."""
+        if self._lines.closed:
+            return
         with _Kept(self):
             self._lines.close()
             self._board.close()
@@ -116,7 +117,7 @@ def _step(line):
 
 def read_metrics(folder) -> list[dict]:
     """The lines of `metrics.jsonl` in `folder`; unreadable ones (of a killed run) are left out."""
-    path = epath.Path(folder) / "metrics.jsonl"
+    path = pathlib.Path(folder) / "metrics.jsonl"
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if _step(line) is not None]

@@ -22,6 +22,7 @@ from mila_jax.parallel.logical import rules_from_config, use_rules, with_rules
 from mila_jax.parallel.mesh import batch_sharding, check_divides, make_mesh, own_rows, replicated
 from mila_jax.prepare import describe_data
 from mila_jax.train import step as step_module
+from mila_jax.train.folder import RunFolder
 from mila_jax.train.optimizer import make_optimizer
 from mila_jax.train.published import is_published, published_parameters
 from mila_jax.train.stages import resolve
@@ -42,8 +43,9 @@ class Trainer:
 
     def __init__(self, config, *, devices=None):
         check_config(config)
-        self.config, self.folder = config, epath.Path(config.train.dir)
-        distributed.on_first(f"write to {self.folder}", self._check_writable)
+        self.config, self.run_folder = config, RunFolder(config.train.dir)
+        self.folder = self.run_folder.path
+        distributed.on_first(f"write to {config.train.dir}", self._check_writable)
         self.objective = step_module.Objective.from_config(config)
         self.specs, shares = clip_specs(config)
         self.train_source = ClipSource(config.data.dir, "train", self.specs, shares)
@@ -70,8 +72,8 @@ class Trainer:
 
     @property
     def checkpoints(self):
-        """The folder that holds `checkpoints/`."""
-        return epath.Path(self.config.train.checkpoints or self.folder)
+        """The folder that holds `checkpoints/`, on this machine or in a bucket."""
+        return epath.Path(self.config.train.checkpoints or self.config.train.dir)
 
     @property
     def tokens(self) -> int:
@@ -81,11 +83,11 @@ class Trainer:
 
     def _check_writable(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.run_folder.fetch()
             (self.folder / "writable").write_bytes(b"")
             (self.folder / "writable").unlink()
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder} ({error.strerror or error}); set train.dir to a writable folder") from None
+            raise UserError(f"cannot write to {self.config.train.dir} ({error.strerror or error}); set train.dir to a writable folder") from None
 
     def _prior(self) -> Prior | None:
         """Measured once per run and kept, so that a resumed run is the same function whatever became of the data."""
