@@ -41,11 +41,12 @@ option() {
 
 place=()
 create() {
-  local extra=() flags=() inside folder="$root/runs/launcher/mila_jax-$commit"
+  local extra=() flags=() inside folder
   if [ -n "$image" ]; then
     flags+=("--docker-image=$image")
     extra+=(--python=python3)
   else
+    folder="$root/runs/launcher/mila_jax-$commit"
     run mkdir -p "$folder"
     run git -C "$root" archive --format=tar "--output=$folder.tar" "$commit"
     run tar -xf "$folder.tar" -C "$folder"

@@ -170,6 +170,7 @@ case "$command" in
 esac
 case "$command" in run|create|watch) find_runtime ;; esac
 case "$command" in run|setup|watch) find_commit ;; esac
+if [ "$command" = fetch ]; then check_fetch; fi
 need_tool gcloud "https://cloud.google.com/sdk/docs/install"
 find_project
 case "$command" in

@@ -92,6 +92,7 @@ check_name name "$name"
 case "$command" in run|start) need_command ;; esac
 if [ "$command" = create ] || [ -n "$type" ]; then check_type; fi
 case "$command" in run|setup) find_commit ;; esac
+if [ "$command" = fetch ]; then check_fetch; fi
 need_tool gcloud "https://cloud.google.com/sdk/docs/install"
 find_project
 case "$command" in

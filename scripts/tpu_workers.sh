@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Commands to the workers of a Cloud TPU by ssh; sourced by tpu_vm.sh and tpu_pod.sh after tpu_common.sh, not to be run.
 # `workers` is 0 or all.
+# shellcheck disable=SC2154
 
 lines=40 follow=no from=runs to="" connect_flags=() one_worker=0
 
@@ -72,14 +73,12 @@ worker_states() {
   remote "$workers" "if [ -f $worker_script ]; then bash $worker_script status; else echo mila-worker new none; fi"
 }
 
+check_fetch() { case "$from" in gs://*) fail "$from is in a bucket: gcloud storage cp --recursive $from FOLDER" ;; esac; }
+
 # Results from worker 0 (or --worker): a path in its copy of the repository, or an absolute one.
 fetch_results() {
   local source="$from"
-  case "$source" in
-    gs://*) fail "$source is in a bucket: gcloud storage cp --recursive $source FOLDER" ;;
-    /*) ;;
-    *) source="mila_jax/$source" ;;
-  esac
+  case "$source" in /*) ;; *) source="mila_jax/$source" ;; esac
   to="${to:-$root/runs/$name}"
   run mkdir -p "$to"
   run gcloud compute tpus tpu-vm scp --recurse "$name:$source" "$to" "--project=$project" "--zone=$zone" "--worker=$one_worker" \

@@ -42,12 +42,12 @@ def destroy():
         shutil.rmtree(worker, ignore_errors=True)
 
 
-def create():
+def create(ready):
     if (CLOUD / "life.json").exists():
         return refuse("ALREADY_EXISTS: there is one of this name")
-    lives = load("lives.json", [["ACTIVE"]])
-    save("life.json", lives[0])
-    save("lives.json", lives[1:])
+    first, *later = load("lives.json", []) or [[ready]]
+    save("life.json", first)
+    save("lives.json", later)
     for i in range(load("workers.json", 1)):
         (CLOUD / "workers" / str(i)).mkdir(parents=True)
     return 0
@@ -115,8 +115,10 @@ def main():
     if words[:2] == ["config", "get-value"]:
         print(load("config.json", {}).get(words[2], ""))
         return 0
-    assert words[:2] == ["compute", "tpus"] and words[2] in ("tpu-vm", "queued-resources"), words
-    return {"create": create, "describe": describe, "delete": delete, "ssh": lambda: ssh(flags), "scp": lambda: scp(words[4:], flags)}[words[3]]()
+    assert words[:2] == ["compute", "tpus"], words
+    ready = {"tpu-vm": "READY", "queued-resources": "ACTIVE"}[words[2]]
+    verbs = {"create": lambda: create(ready), "describe": describe, "delete": delete, "ssh": lambda: ssh(flags), "scp": lambda: scp(words[4:], flags)}
+    return verbs[words[3]]()
 
 
 if __name__ == "__main__":
