@@ -586,3 +586,10 @@ def test_old_images_get_python_from_uv(worker, tmp_path):
     assert done.returncode == 0, done.stderr
     assert log.read_text().splitlines() == ["python3 -m pip install --quiet --user uv", "uv python install 3.12", "uv python find 3.12"]
     assert (worker.home / "setups").read_text() == " PYTHON=/uv/python3.12\n"
+
+
+@pytest.mark.parametrize("script", LAUNCHERS + SHARED)
+def test_launchers_parse(script):
+    done = subprocess.run(["bash", "-n", ROOT / "scripts" / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert os.access(ROOT / "scripts" / script, os.X_OK)
