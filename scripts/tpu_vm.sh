@@ -86,7 +86,10 @@ outcome() {
 
 parse "$@"
 if [ "$dry_run" = yes ]; then exec 3>&1; fi
-case "$command" in run|create|setup|start|status|logs|stop|fetch|delete) ;; *) fail "unknown command '$command'; bash scripts/tpu_vm.sh --help" ;; esac
+case "$command" in
+  run|create|setup|start|status|logs|stop|fetch|delete) ;;
+  *) fail "unknown command '$command'; bash scripts/tpu_vm.sh --help" ;;
+esac
 [ -n "$name" ] || fail "$command needs the name of the VM"
 check_name name "$name"
 case "$command" in run|start) need_command ;; esac

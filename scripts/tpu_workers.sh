@@ -40,7 +40,8 @@ find_runtime() {
 
 # ssh to workers $1 with command $2.
 remote() {
-  run gcloud compute tpus tpu-vm ssh "$name" "--project=$project" "--zone=$zone" "--worker=$1" ${connect_flags[@]+"${connect_flags[@]}"} "--command=$2"
+  run gcloud compute tpus tpu-vm ssh "$name" "--project=$project" "--zone=$zone" "--worker=$1" \
+    ${connect_flags[@]+"${connect_flags[@]}"} "--command=$2"
 }
 
 call_worker() { remote "$1" "$(quoted bash "$worker_script" "${@:2}")"; }

@@ -322,7 +322,8 @@ def changes(cloud):
 def test_pod_comes_back_after_it_was_taken_away(cloud):
     """Queued → ACTIVE → taken away while it trains → FAILED when asked for again → ACTIVE → done on both workers."""
     cloud.save("workers", 2)
-    cloud.save("lives", [["WAITING_FOR_RESOURCES", "PROVISIONING", *["ACTIVE"] * 3, "SUSPENDING", "SUSPENDED"], ["WAITING_FOR_RESOURCES", "FAILED"], ["ACTIVE"]])
+    taken_away = ["WAITING_FOR_RESOURCES", "PROVISIONING", *["ACTIVE"] * 3, "SUSPENDING", "SUSPENDED"]
+    cloud.save("lives", [taken_away, ["WAITING_FOR_RESOURCES", "FAILED"], ["ACTIVE"]])
     for worker in (0, 1):
         cloud.codes(worker, "wait", "75", "1", "0")  # the first is killed with its worker
     done = cloud.launch("tpu_pod.sh", "run", "p1", "--type=v6e-16", "--spot", "--poll=0", "--", "train", "--config.train.dir=gs://b/it's one")
@@ -421,7 +422,8 @@ def test_changes_that_are_in_no_commit_are_refused(cloud, tmp_path):
 
 
 def test_several_slices_go_to_xpk_whose_exit_code_is_passed_on(cloud):
-    done = cloud.launch("tpu_multislice.sh", "create", "w1", "--cluster=c", "--type=v5p-256", "--slices=2", "--", "train", "--config.train.dir=gs://b/r")
+    options = ("--cluster=c", "--type=v5p-256", "--slices=2")
+    done = cloud.launch("tpu_multislice.sh", "create", "w1", *options, "--", "train", "--config.train.dir=gs://b/r")
     assert done.returncode == 0, done.stderr
     (call,) = [json.loads(line) for line in (cloud.folder / "calls.jsonl").read_text().splitlines() if line.startswith('["xpk"')]
     assert call[:3] == ["xpk", "workload", "create"] and "--num-slices=2" in call and "--project=from-config" in call
@@ -524,7 +526,8 @@ def test_worker_can_be_stopped_between_two_attempts(worker):
 def test_log_is_followed_to_the_end_of_the_run(worker):
     worker.codes("wait", "0")
     worker("start", "--", "train")
-    follow = subprocess.Popen(["bash", worker.home / "tpu_worker.sh", "logs", "--follow"], env=worker.environment(), stdout=subprocess.PIPE, text=True)
+    command = ["bash", worker.home / "tpu_worker.sh", "logs", "--follow"]
+    follow = subprocess.Popen(command, env=worker.environment(), stdout=subprocess.PIPE, text=True)
     worker.until(lambda: (worker.home / "attempts").exists())
     worker("stop")
     assert "exit code 75" in follow.communicate(timeout=30)[0]
@@ -580,7 +583,8 @@ def test_old_images_get_python_from_uv(worker, tmp_path):
     shutil.rmtree(worker.home / "mila_jax" / ".venv")
     log = tmp_path / "uv.log"
     uv = f'#!/bin/bash\necho "uv $*" >> "{log}"\nif [ "$2" = find ]; then echo "/uv/python3.12"; fi\n'
-    write_tool(tmp_path / "bin" / "python3", f'#!/bin/bash\necho "python3 $*" >> "{log}"\nmkdir -p "$HOME/.local/bin"\ncp "{tmp_path}/uv" "$HOME/.local/bin/uv"\n')
+    pip = f'#!/bin/bash\necho "python3 $*" >> "{log}"\nmkdir -p "$HOME/.local/bin"\ncp "{tmp_path}/uv" "$HOME/.local/bin/uv"\n'
+    write_tool(tmp_path / "bin" / "python3", pip)
     write_tool(tmp_path / "uv", uv)
     done = worker("run", "--", "train", script="mila_jax/scripts/tpu_worker.sh", NO_PYTHON="1", PATH=f"{tmp_path / 'bin'}:{worker.tools}")
     assert done.returncode == 0, done.stderr
