@@ -2,16 +2,21 @@
 # Makes .venv in the repository with everything mila needs; does nothing if that is done already.
 #   bash scripts/setup.sh           what `mila` needs
 #   bash scripts/setup.sh --test    the test requirements too
+#   bash scripts/setup.sh --extra=NAME …     an extra of pyproject.toml too: tpu, cuda, gcs, wandb, tensorboard (test is --test)
+#   bash scripts/setup.sh --which-python     prints the Python that it would take and does nothing
 # PYTHON=/path/to/python chooses the interpreter; otherwise the first of python3.13, 3.12, 3.11, python3 that is 3.11 or newer.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
-with_tests=no
+extras=()
+only_python=no
 for argument in "$@"; do
   case "$argument" in
-    --test) with_tests=yes ;;
-    *) echo "error: setup.sh: unknown argument '$argument'; it takes only --test" >&2; exit 2 ;;
+    --test) extras+=(test) ;;
+    --extra=?*) extras+=("${argument#--extra=}") ;;
+    --which-python) only_python=yes ;;
+    *) echo "error: setup.sh: unknown argument '$argument'; it takes only --test, --extra=NAME and --which-python" >&2; exit 2 ;;
   esac
 done
 
@@ -37,6 +42,11 @@ find_python() {
   fi
   return 1
 }
+
+if [ "$only_python" = yes ]; then
+  find_python
+  exit
+fi
 
 if ! [ -x "$venv/bin/python" ] || ! new_enough "$venv/bin/python"; then
   python="$(find_python)"
@@ -65,15 +75,19 @@ if [ "$(cat "$venv/mila.stamp" 2>/dev/null || true)" != "$wanted" ]; then
   echo "$wanted" > "$venv/mila.stamp"
 fi
 
-if [ "$with_tests" = yes ] && [ "$(cat "$venv/mila.test.stamp" 2>/dev/null || true)" != "$wanted" ]; then
-  echo "setup: installing the test requirements"
-  requirements="$("$venv/bin/python" - "$root/pyproject.toml" <<'PY'
+for extra in ${extras[@]+"${extras[@]}"}; do
+  if [ "$(cat "$venv/mila.$extra.stamp" 2>/dev/null || true)" = "$wanted" ]; then continue; fi
+  requirements="$("$venv/bin/python" - "$root/pyproject.toml" "$extra" <<'PY'
 import pathlib, sys, tomllib
-print("\n".join(tomllib.loads(pathlib.Path(sys.argv[1]).read_text())["project"]["optional-dependencies"]["test"]))
+known = tomllib.loads(pathlib.Path(sys.argv[1]).read_text())["project"]["optional-dependencies"]
+if sys.argv[2] not in known:
+    sys.exit(f"error: setup.sh: no extra {sys.argv[2]!r} in pyproject.toml; there are {', '.join(known)}")
+print("\n".join(known[sys.argv[2]]))
 PY
 )"
-  list="$venv/test_requirements.txt"
+  echo "setup: installing the $extra requirements"
+  list="$venv/${extra}_requirements.txt"
   echo "$requirements" > "$list"
   install -r "$list"
-  echo "$wanted" > "$venv/mila.test.stamp"
-fi
+  echo "$wanted" > "$venv/mila.$extra.stamp"
+done
