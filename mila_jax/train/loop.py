@@ -48,10 +48,12 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
     a row had to be skipped, and when checkpoints cannot be written.
     """
     began = time.time()
-    trainer = Trainer(config, devices=devices)
     if progress or jax.process_count() > 1:
         print(distributed.place(), flush=True)
-    distributed.check_same({"config": config.to_json(), "code": distributed.code_version(), "data": json.dumps(trainer.data, sort_keys=True)})
+    # Before anything else that they do together: with different settings they would wait for each other in different places.
+    distributed.check_same({"config": config.to_json(), "code": distributed.code_version()})
+    trainer = Trainer(config, devices=devices)
+    distributed.check_same({"data": json.dumps(trainer.data, sort_keys=True)})
     identity = _identity(config, trainer.data)
     check_shared(trainer.checkpoints)
     with contextlib.ExitStack() as open_things:  # closed on an error too, so that saves under way are finished
