@@ -36,14 +36,14 @@ def test_variables_name_the_place(calls, monkeypatch):
     distributed.start("never")
     assert calls == []
     distributed.start(timeout=7)
-    assert calls == [dict(coordinator_address="host:1", process_id=1, num_processes=2, initialization_timeout=7)]
+    assert calls == [dict(coordinator_address="host:1", process_id=1, num_processes=2, initialization_timeout=7, shutdown_timeout_seconds=60)]
 
 
 def test_a_pod_worker_that_finds_itself_alone_ends(calls, monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c,d")
     with pytest.raises(UserError, match="one of 4 machines of a slice, but runs alone"):
         distributed.start()
-    assert calls == [dict(initialization_timeout=300)]
+    assert calls == [dict(initialization_timeout=300, shutdown_timeout_seconds=60)]
 
 
 def test_a_tpu_vm_asks_its_cloud(calls, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -47,7 +48,7 @@ def make_sharded(make):  # noqa: F811
 @pytest.fixture(scope="module")
 def two(make_sharded):
     """An undisturbed run of two processes: (config, leaves of its state)."""
-    config, file = make_sharded("two")
+    config, file = make_sharded("two", eval_every=3, eval_steps=2)
     ends = [finish(p) for p in start_two(file)]
     assert [code for code, _ in ends] == [0, 0], ends[0][1][-1500:] + ends[1][1][-1500:]
     # Read here, by one process with one device.
@@ -62,9 +63,15 @@ def test_two_processes_train_what_one_does(two, make_sharded):
     one, file = make_sharded("one")
     code, err = finish(start(file, devices=8))
     assert code == 0, err[-2000:]
-    losses = [{m["step"]: m["loss"] for m in read_metrics(c.train.dir)} for c in (config, one)]
+    losses = [{m["step"]: m["loss"] for m in read_metrics(c.train.dir) if "loss" in m} for c in (config, one)]
     np.testing.assert_allclose(list(losses[0].values()), list(losses[1].values()), rtol=1e-5)
     assert losses[0].keys() == losses[1].keys() == set(range(1, STEPS + 1))
+
+
+def test_two_processes_show_losses_and_a_picture(two):
+    config, _ = two
+    assert any("eval/12Hz_from_2/loss" in m for m in read_metrics(config.train.dir))
+    assert [p.name for p in (pathlib.Path(config.train.dir) / "pictures").iterdir()] == ["eval_clip_0000003.png"]
 
 
 def test_a_notice_to_one_saves_on_both_and_two_or_one_go_on(two, make_sharded):
@@ -97,7 +104,7 @@ def test_a_notice_to_one_saves_on_both_and_two_or_one_go_on(two, make_sharded):
 
     code, err = finish(start(alone_file, devices=8))
     assert code == 0, err[-2000:]
-    losses = [{m["step"]: m["loss"] for m in read_metrics(c.train.dir)} for c in (undisturbed, alone)]
+    losses = [{m["step"]: m["loss"] for m in read_metrics(c.train.dir) if "loss" in m} for c in (undisturbed, alone)]
     assert losses[0].keys() == losses[1].keys() == set(range(1, STEPS + 1))
     np.testing.assert_allclose(list(losses[1].values()), list(losses[0].values()), rtol=1e-4)
 

@@ -242,8 +242,7 @@ def make_codec(path, chunk: int = 24) -> Codec:
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("images",))
     whole, split = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("images",)))
     chunk = -(-chunk // mesh.size) * mesh.size
-    if mesh.size > 1:
-        params = jax.device_put(params, whole)
+    params = jax.device_put(jax.tree.map(np.asarray, params), whole)  # from the host: what is made under a mesh of several hosts lies on all of them
 
     @functools.partial(jax.jit, in_shardings=(whole, split), out_shardings=split)
     def encode(params, images):
@@ -253,4 +252,7 @@ def make_codec(path, chunk: int = 24) -> Codec:
     def decode(params, latents):
         return to_pixels(nnx.merge(graphdef, params).decode(latents * scale + shift))
 
-    return Codec(config, params, shift, scale, file_sha256(path), chunk, encode, decode)
+    def put(function):  # one process of several may not hand arrays of the host to a program that splits them
+        return lambda params, items: function(params, jax.device_put(items, split))
+
+    return Codec(config, params, shift, scale, file_sha256(path), chunk, put(encode), put(decode))

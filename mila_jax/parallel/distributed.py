@@ -82,7 +82,7 @@ def start(initialize: str = "auto", *, timeout: int = 300) -> None:
     if initialize == "never" or jax.distributed.is_initialized() or (initialize == "auto" and explicit is None and _workers() == 1):
         return
     try:
-        jax.distributed.initialize(**(explicit or {}), initialization_timeout=timeout)
+        jax.distributed.initialize(**(explicit or {}), initialization_timeout=timeout, shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the processes did not find each other ({reason}); start the same command on every machine, or set distributed.initialize=never") from None

@@ -74,16 +74,15 @@ class Evaluation:
         frames = latents.shape[1]
         first = int(self._conditioning)
         chosen = sorted({first, (first + frames - 1) // 2, frames - 1})
-        rows = []
-        for video in (latents, truth):
-            images = [self._codec.decode(video[:, t]) for t in chosen]
-            rows.append(np.concatenate([six_view_picture(view) for view in images], 1))
-        return np.concatenate(rows, 0)
+        with jax.set_mesh(_own_mesh()):
+            rows = [[six_view_picture(self._codec.decode(video[:, t])) for t in chosen] for video in (latents, truth)]
+        return np.concatenate([np.concatenate(row, 1) for row in rows], 0)
 
     def _prepare_picture(self) -> None:
         trainer = self.trainer
         if distributed.first():
-            self._codec = open_codec(trainer.config)
+            with jax.set_mesh(_own_mesh()):
+                self._codec = open_codec(trainer.config)
             if self._codec.sha256 != trainer.data.get("autoencoder_sha256"):
                 raise UserError(f"{trainer.config.data.dir} was made with another autoencoder; set autoencoder.path to it, or train.eval_picture=False")
         spec = max(trainer.specs, key=lambda s: s.fps)
@@ -104,6 +103,11 @@ class Evaluation:
 
         jitted = jax.jit(with_rules(trainer.rules, functools.partial(sample, key=self.key)), out_shardings=replicated(trainer.mesh))
         self._picture = jitted
+
+
+def _own_mesh():
+    """This process's devices, for what it computes alone."""
+    return jax.sharding.Mesh(np.array(jax.local_devices()), ("images",))
 
 
 def _named(prefix: str, per_level: np.ndarray) -> dict:
