@@ -36,6 +36,7 @@ def arguments():
     parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30, help="gives up after so long")
+    parser.add_argument("--kinds", default="", help="only events whose kind contains this, such as terminate")
     parser.add_argument("--reuse", action="store_true", help="take the undisturbed run that an earlier call with the same settings left")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "soak")
     parser.add_argument("--data", type=pathlib.Path, default=None)
@@ -72,7 +73,7 @@ class Run:
         ]  # fmt: skip
         command = [sys.executable, "-m", "mila_jax", "train", "--quiet", *(f"--config.{s}" for s in settings)]
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.options.devices}"}
-        env |= {"MILA_COORDINATOR": f"localhost:{port}", "MILA_PROCESS_COUNT": "2"}
+        env |= {"MILA_COORDINATOR": f"localhost:{port}", "MILA_PROCESS_COUNT": "2", "PYTHONFAULTHANDLER": "1"}
         self.processes = [
             subprocess.Popen(command, cwd=ROOT, env=env | {"MILA_PROCESS_ID": str(i)}, stdout=self.log, stderr=subprocess.STDOUT) for i in range(2)
         ]
@@ -103,12 +104,16 @@ class Run:
         """Step of the newest finished checkpoint."""
         return max((int(p.name) for p in self.folder.glob("checkpoints/*") if p.name.isdigit()), default=0)
 
-    def wait(self, seconds: float) -> list[int]:
-        """Exit codes; what is left after `seconds` (a process whose partner was killed) is killed, as whoever runs a pod would."""
+    def wait(self, seconds: float, told: bool = False) -> list[int]:
+        """Exit codes; what is left after `seconds` (a process whose partner was killed) is killed, as whoever runs a pod would. told: both
+        were told to leave, so that one that is left has to say where it stands."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and any(p.poll() is None for p in self.processes):
             time.sleep(0.05)
         for p in self.processes:
+            if told and p.poll() is None:
+                p.send_signal(signal.SIGABRT)
+                time.sleep(3)
             if p.poll() is None:
                 p.kill()
         return [p.wait() for p in self.processes]
@@ -166,17 +171,18 @@ def main() -> int:
     while time.monotonic() < deadline:
         run.start()
         left_alone = sum(done.values()) >= options.events
-        kind = chance.choice(KINDS)
+        kind = chance.choice([k for k in KINDS if options.kinds in k])
         saving = None if left_alone else disturb(run, kind, chance, deadline)
-        codes = run.wait(deadline - time.monotonic() if saving is None else 45 if kind.startswith("terminate") else 5)
+        told = saving is not None and kind.startswith("terminate")
+        codes = run.wait(deadline - time.monotonic() if saving is None else 60 if told else 5, told)
         ends.update(map(str, codes))
         if saving is not None:
             done[kind] += 1
             during += saving
             lost.append(max(0, run.step() - run.saved()))
             print(f"{sum(done.values()):3} {kind}{', while saving' if saving and 'saving' not in kind else ''}: codes {codes}, step {run.step()}, saved {run.saved()}", flush=True)
-            if kind.startswith("terminate") and PREEMPTED in codes and codes != [PREEMPTED] * 2:
-                print("error: one process left in order and the other did not", file=sys.stderr)
+            if told and codes != [PREEMPTED] * 2 and -signal.SIGTERM not in codes:  # the latter: still starting up
+                print(f"error: told to leave, the processes ended with {codes}; see {run.log.name}", file=sys.stderr)
                 return 1
         elif codes == [0, 0]:
             break
