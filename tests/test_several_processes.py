@@ -125,3 +125,11 @@ def test_checkpoints_on_storage_that_is_not_shared_end_at_once(make_sharded):
     ends = [finish(p) for p in start_two(file, "HOOK=own_disk")]
     assert [code for code, _ in ends] == [2, 2]
     assert all("process 2 does not see what process 1 writes" in err and "train.checkpoints" in err for _, err in ends)
+
+
+def test_a_notice_during_start_up_is_not_lost(two, make_sharded):
+    config, file = make_sharded("early", steps=STEPS + 3)
+    shutil.copytree(two[0].train.dir, config.train.dir, dirs_exist_ok=True)
+    ends = [finish(p) for p in start_two(file, "HOOK=early_notice")]
+    assert [code for code, _ in ends] == [75, 75], ends[0][1][-1500:] + ends[1][1][-1500:]
+    assert Checkpoints(config.train.dir).latest() == STEPS

@@ -82,6 +82,23 @@ def slow() -> None:
     Trainer.batches = waiting
 
 
+def early_notice() -> None:
+    """The second process is told to leave while it restores, before it has asked for the first time."""
+    import time
+
+    from mila_jax.train.checkpoint import Checkpoints
+
+    restore = Checkpoints.restore
+
+    def hooked(self, *args):
+        if os.environ["MILA_PROCESS_ID"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(2)
+        return restore(self, *args)
+
+    Checkpoints.restore = hooked
+
+
 def own_disk() -> None:
     """The folder of checkpoints is another one in each process, under one name."""
     from mila_jax.train.trainer import Trainer
@@ -114,7 +131,7 @@ def _at_step_five(number: int) -> None:
     Trainer.batches = hooked
 
 
-HOOKS = {f.__name__: f for f in (small_files, full_disk, broken_batches, slow, own_disk, terminate_at_five, kill_at_five)}
+HOOKS = {f.__name__: f for f in (small_files, full_disk, broken_batches, slow, early_notice, own_disk, terminate_at_five, kill_at_five)}
 
 
 def main() -> int:

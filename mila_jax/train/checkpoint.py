@@ -25,6 +25,16 @@ class SaveFailed(Exception):
     """A checkpoint could not be written; str() is the reason in one line. The training state is whole and training can go on."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax asks JAX for preemption notices itself, also from the thread that finishes a save, with the number of a step that is past. JAX would
+    take that for where this process stands, and settle on a step to leave at that nobody comes to any more. Here the loop asks, and no one else."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never."""
+        del step
+        return False
+
+
 class Checkpoints:
     """Saves and restores `TrainState`s in `folder`/checkpoints.
 
@@ -46,7 +56,7 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.folder} ({error.strerror}); set train.dir to a writable folder") from None
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, keep_period=self._keep_every or None, create=True, cleanup_tmp_directories=True)
-        return ocp.CheckpointManager(self.folder, item_names=(*ITEMS, "meta", "data", "config"), options=options)
+        return _Manager(self.folder, item_names=(*ITEMS, "meta", "data", "config"), options=options)
 
     def config(self) -> dict | None:
         """The config beside the newest checkpoint, None if there is none."""

@@ -121,7 +121,7 @@ class _Run:
         self.goodput.begin(start)
         with _profile(trainer.folder, settings.profile, start) as profile, contextlib.ExitStack() as guard:
             for step in range(start + 1, last + 1):
-                if notice.reached(step):
+                if notice.reached(step - start):
                     log.flush()
                     return jax.block_until_ready(state), step - 1, "notice"
                 with clock("data"):

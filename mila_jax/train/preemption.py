@@ -18,8 +18,8 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as of any command
 class Notice:
     """Whether this process was told to leave; a context manager that listens while a block runs.
 
-    `reached(step)`: to be asked before every step, by every process; True once, at the same step for all of them. A second Ctrl-C raises
-    KeyboardInterrupt at once.
+    `reached(count)`: to be asked before every step, by every process, with 1, 2, 3 …; True once, at the same count for all of them. A second
+    Ctrl-C raises KeyboardInterrupt at once.
     """
 
     def __init__(self):
@@ -45,14 +45,18 @@ class Notice:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def reached(self, step: int) -> bool:
-        """Whether to save and leave before `step`."""
+    def reached(self, count: int) -> bool:
+        """Whether to save and leave before this start's step number `count`.
+
+        Counted from each start, not from the run's: the coordinator takes whoever has not asked yet to stand at 0, so that a notice during
+        start-up asks them to leave at 1; a count that begins beyond that would miss it.
+        """
         if jax.process_count() == 1:
             return self.signal is not None
         if self.signal == signal.SIGINT:  # Ctrl-C in one terminal: the others are told as by SIGTERM
             self.signal = None
             signal.raise_signal(signal.SIGTERM)
-        return multihost_utils.reached_preemption_sync_point(step)
+        return multihost_utils.reached_preemption_sync_point(count)
 
     @property
     def code(self) -> int:
