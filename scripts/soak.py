@@ -57,7 +57,7 @@ class Run:
 
     def __init__(self, folder: pathlib.Path, options, data: pathlib.Path):
         self.folder, self.options, self.data = folder, options, data
-        self.processes, self.starts = [], 0
+        self.processes, self.starts, self.began = [], 0, 0.0
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.log = (folder.parent / f"{folder.name}.log").open("w")
 
@@ -77,7 +77,7 @@ class Run:
         self.processes = [
             subprocess.Popen(command, cwd=ROOT, env=env | {"MILA_PROCESS_ID": str(i)}, stdout=self.log, stderr=subprocess.STDOUT) for i in range(2)
         ]
-        self.starts += 1
+        self.starts, self.began = self.starts + 1, time.time()
 
     def alive(self) -> bool:
         """Whether both still run."""
@@ -98,7 +98,13 @@ class Run:
 
     def saving(self) -> bool:
         """Whether an unfinished checkpoint lies there that is younger than this start."""
-        return any(self.folder.glob("checkpoints/*.orbax-checkpoint-tmp"))
+        for path in self.folder.glob("checkpoints/*.orbax-checkpoint-tmp"):
+            try:
+                if path.stat().st_mtime > self.began:  # older ones are what an earlier kill left
+                    return True
+            except OSError:  # finished in the meantime
+                continue
+        return False
 
     def saved(self) -> int:
         """Step of the newest finished checkpoint."""
