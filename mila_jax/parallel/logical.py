@@ -49,8 +49,8 @@ MODES = {
 _rules = contextvars.ContextVar("logical_rules", default=RULES)
 
 
-# When kernels that are split over devices are made whole (`mesh.gather`): by each layer, in the forward pass and in the backward pass
-# (least memory), or all of them once a step, in the compute type (two bytes a parameter more, and half of the transfers).
+# When kernels that are split over devices are made whole (`mesh.gather`): by each layer, in the forward pass and again in the backward pass
+# (least memory), or all of them before the first layer, in the compute type (two bytes a parameter more, and half of the transfers).
 GATHER = {"layer": {}, "step": {"embed_in_step": None}}
 
 
