@@ -130,8 +130,8 @@ class SelfAttention(nnx.Module):
         q, k, v = constrain(q, *self.layout.queries), constrain(k, *self.layout.keys), constrain(v, *self.layout.keys)
         y = attend_spatially(q, k, v, self.kernel) if self.layout is SPATIAL else attend(q, k, v)
         y = constrain(y, *self.layout.queries)
-        if not (self.layout is SPATIAL and self.kernel == "splash"):  # which keeps its result itself, with its statistics
-            y = keep(y, ATTENTION)
+        splash = self.layout is SPATIAL and self.kernel == "splash" and device_kind().startswith("TPU")
+        y = y if splash else keep(y, ATTENTION)  # splash keeps its result itself, with its statistics
         return self.proj(y.reshape(x.shape)) if for_one_cpu() else self.proj.of_heads(y)
 
     @property
