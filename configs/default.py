@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
     c.model.ray_rotary = False  # viewing directions as rotary embedding in spatial attention (ours; published weights have none)
     c.model.precondition = "none"  # none | motion (mila_jax/model/precondition.py)
     c.model.dtype = "bfloat16"
-    c.model.remat = "block"  # none | dots+attention | dots | attention+mlp | attention | block | offload (mila_jax/model/remat.py)
+    c.model.remat = "block"  # none | dots+attention | dots | attention+mlp | attention+results | attention | block | offload, or two of them for
+    # the first pairs and for the others, dots:4:block (mila_jax/model/remat.py)
 
     # How attention is computed, and what is split over `mesh.context` (mila_jax/parallel/logical.py).
     c.attention = ConfigDict()
@@ -146,5 +147,6 @@ def get_config() -> ConfigDict:
     c.mesh.context = 1
     c.mesh.tensor = 1
     c.mesh.dcn_data = -1  # slices, all along mesh.data; -1 = as many as the devices lie in
+    c.mesh.gather = "layer"  # layer | step: when kernels split over mesh.fsdp are made whole (mila_jax/parallel/logical.py)
     c.mesh.rules = ConfigDict()  # logical axis → mesh axis, tuple or None; laid over the table in mila_jax/parallel/logical.py
     return c

@@ -20,8 +20,8 @@ BEGIN, END = "<!-- plan table: scripts/plan_table.py -->", "<!-- end of plan tab
 XL = "--config=configs/xl128.py"
 
 
-def _mesh(data, fsdp, context=1):
-    return [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.context={context}"]
+def _mesh(data, fsdp, context=1, gather="step"):
+    return [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.context={context}", f"--config.mesh.gather={gather}"]
 
 
 def _batch(samples, remat):
@@ -29,28 +29,32 @@ def _batch(samples, remat):
 
 
 _GUIDED = ["--step=sample", "--config.generate.guidance_text=7.0", "--config.generate.guidance_waypoints=7.0"]
-# What is kept for the backward pass is the most that should fit in nine tenths of the memory.
-_MOST, _MUCH, _LEAST = "dots+attention", "attention+mlp", "block"
-_PUBLISHED = ["--config=configs/xl.py", "--topology=v5p:4x4x4", *_mesh(1, 16, 4)]
+# What is kept for the backward pass is the most that fits in nine tenths of the memory.
+_MOST, _LEAST = "dots+attention", "block"
+_V5P, _V5E, _V6E = "dots+attention:14:attention+results", "attention:3:block", "dots+attention:19:attention+results"
+_PUBLISHED = ["--config=configs/xl.py", "--topology=v5p:4x4x4"]
+_OBVIOUS = ["--config.attention.kernel=xla", *_mesh(1, 16, 4, "layer")]
 LAYOUTS = {
-    "obvious_v5p_64": ("as published, attention by XLA, all recomputed, 16 samples on 64 chips", [*_PUBLISHED, *_batch(16, _LEAST), "--config.attention.kernel=xla"]),
-    "xl_v5p_64": ("as published, splash kernel, 16 samples on 64 chips", [*_PUBLISHED, *_batch(16, _MOST)]),
+    "obvious_v5p_64": ("as published, attention by XLA, all recomputed, 16 samples on 64 chips", [*_PUBLISHED, *_batch(16, _LEAST), *_OBVIOUS]),
+    "xl_v5p_64": ("as published, splash kernel, 16 samples on 64 chips", [*_PUBLISHED, *_mesh(1, 16, 4), *_batch(16, _MOST)]),
+    "xl_own_v5p_64": ("`configs/xl.py` as it is, 32 samples on 64 chips", _PUBLISHED),
     "v5p_64_context": ("16 samples on 64 chips", [XL, "--topology=v5p:4x4x4", *_batch(16, _MOST), *_mesh(1, 16, 4)]),
-    "v5p_64": ("64 samples on 64 chips", [XL, "--topology=v5p:4x4x4", *_batch(64, _MUCH), *_mesh(4, 16)]),
+    "v5p_64": ("64 samples on 64 chips", [XL, "--topology=v5p:4x4x4", *_batch(64, _V5P), *_mesh(4, 16)]),
     "v5p_64_360": (
         "360×640, 16 samples on 64 chips",
         [XL, "--topology=v5p:4x4x4", *_batch(16, _MOST), *_mesh(1, 16, 4), "--config.data.image_size=(360,640)"],
     ),
-    "v5e_16": ("16 samples on 16 chips", [XL, "--topology=v5e:4x4", *_batch(16, _LEAST), *_mesh(1, 16)]),
-    "v6e_64_context": ("16 samples on 64 chips", [XL, "--topology=v6e:8x8", *_batch(16, _MUCH), *_mesh(1, 16, 4)]),
+    "v5e_16": ("16 samples on 16 chips", [XL, "--topology=v5e:4x4", *_batch(16, _V5E), *_mesh(1, 16, gather="layer")]),
+    "v6e_64_context": ("16 samples on 64 chips", [XL, "--topology=v6e:8x8", *_batch(16, _V6E), *_mesh(1, 16, 4)]),
     "v6e_64_wide": ("wide preset, 16 samples on 64 chips", ["--config=configs/v6e.py", "--topology=v6e:8x8", *_batch(16, _MOST), *_mesh(1, 16, 4)]),
     "sample_v5p_4": ("one guided denoising step, one video", [XL, "--topology=v5p:2x2x1", *_GUIDED, *_mesh(1, 2, 2)]),
     "sample_v5e_8": ("one guided denoising step, one video", [XL, "--topology=v5e:2x4", *_GUIDED, *_mesh(1, 2, 4)]),
-    "scaling_v5p_16": ("one sample a chip", [XL, "--topology=v5p:2x2x4", *_batch(16, _MUCH), *_mesh(1, 16)]),
-    "scaling_v5p_256": ("one sample a chip", [XL, "--topology=v5p:4x8x8", *_batch(256, _MUCH), *_mesh(16, 16)]),
-    "scaling_v5p_512": ("one sample a chip", [XL, "--topology=v5p:8x8x8", *_batch(512, _MUCH), *_mesh(32, 16)]),
-    "scaling_v5e_64": ("one sample a chip", [XL, "--topology=v5e:8x8", *_batch(64, _LEAST), *_mesh(4, 16)]),
-    "scaling_v5e_256": ("one sample a chip", [XL, "--topology=v5e:16x16", *_batch(256, _LEAST), *_mesh(16, 16)]),
+    "scaling_v5p_16": ("one sample a chip", [XL, "--topology=v5p:2x2x4", *_batch(16, _V5P), *_mesh(1, 16)]),
+    "scaling_v5p_256": ("one sample a chip", [XL, "--topology=v5p:4x8x8", *_batch(256, _V5P), *_mesh(16, 16)]),
+    "scaling_v5p_512": ("one sample a chip", [XL, "--topology=v5p:8x8x8", *_batch(512, _V5P), *_mesh(32, 16)]),
+    "scaling_v5e_64": ("one sample a chip", [XL, "--topology=v5e:8x8", *_batch(64, _V5E), *_mesh(4, 16, gather="layer")]),
+    "scaling_v5e_256": ("one sample a chip", [XL, "--topology=v5e:16x16", *_batch(256, _V5E), *_mesh(16, 16, gather="layer")]),
+    "scaling_v5e_512": ("one sample a chip", [XL, "--topology=2xv5e:16x16", *_batch(512, _LEAST), *_mesh(32, 16, gather="layer")]),
 }
 
 

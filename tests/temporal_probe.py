@@ -20,7 +20,7 @@ from mila_jax.model.temporal_kernel import fused_attention
 def main() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices[:1]
     sharding = NamedSharding(Mesh(np.array(devices), ("data",)), P())
-    array = jax.ShapeDtypeStruct((1, 1, 448, 28, 9 * 128), jnp.bfloat16, sharding=sharding)
+    array = jax.ShapeDtypeStruct((1, 28, 6, 112, 9 * 128), jnp.bfloat16, sharding=sharding)
     weight = jax.ShapeDtypeStruct((128,), jnp.float32, sharding=sharding)
 
     def value(q, k, v, q_weight, k_weight):

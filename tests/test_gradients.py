@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from mila_jax.model.layers import gated, gelu_tanh, layer_norm, modulated_norm, product, rms_norm
+from mila_jax.model import cpu_gradients
+from mila_jax.model.layers import Linear, gated, gelu_tanh, product
+from mila_jax.model.norms import layer_norm, modulated_norm, rms_norm
 from mila_jax.model.softmax_attention import softmax_attention
 
 
@@ -52,9 +55,22 @@ def test_gelu():
     same(gelu_tanh, lambda x: jax.nn.gelu(x, approximate=True), random((50,)))
 
 
-def test_modulated_norm():
+@pytest.fixture(params=["cpu", "another device"])
+def device(request, monkeypatch):
+    """Gradients for one CPU, and those for everything else."""
+    monkeypatch.setattr(cpu_gradients, "device_kind", lambda: request.param)
+
+
+def test_modulated_norm(device):
     x, shift, scale = random((2, 5, 8), (2, 1, 8), (2, 1, 8))
-    same(modulated_norm, lambda x, shift, scale: layer_norm(x) * (1 + scale) + shift, (x, shift, scale), 1e-5)
+    same(modulated_norm, lambda x, shift, scale: layer_norm(x) * (1 + scale) + shift, (3 * x + 2, shift, scale), 1e-5)
+
+
+def test_statistics_of_bfloat16_are_as_exact_as_its_values(device):
+    x = (5.0 + random((64, 256))[0]).astype(jnp.bfloat16)
+    wide = x.astype(jnp.float32)
+    expected = (wide - wide.mean(-1, keepdims=True)) / jnp.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(layer_norm(x).astype(jnp.float32), expected, rtol=2**-8, atol=1e-3)
 
 
 def test_gated():
@@ -66,7 +82,15 @@ def test_product(inputs, outputs):
     same(product, jnp.matmul, random((2, 3, inputs), (inputs, outputs)))
 
 
-def test_rms_norm():
+@pytest.mark.parametrize("way", [lambda layer, x: layer.of_kept(x.reshape(2, 3, 8), "name"), lambda layer, x: layer.of_heads(x)])
+def test_forms_of_a_linear_layer(device, way):
+    with nnx.use_eager_sharding(False):
+        graphdef, params = nnx.split(Linear(8, 5, (None, None), rngs=nnx.Rngs(0)))
+    plain = lambda x, params: x.reshape(2, 3, 8) @ params["kernel"][...] + params["bias"][...]  # noqa: E731
+    same(lambda x, params: way(nnx.merge(graphdef, params), x), plain, (*random((2, 3, 4, 2)), params))
+
+
+def test_rms_norm(device):
     def plain(x, weight):
         return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
 
@@ -74,7 +98,7 @@ def test_rms_norm():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gradients_have_the_types_of_their_arguments(dtype):
+def test_gradients_have_the_types_of_their_arguments(device, dtype):
     x, shift, scale, kernel, q, k = (a.astype(dtype) for a in random((2, 5, 8), (2, 1, 8), (2, 1, 8), (8, 6), (2, 5, 4), (2, 7, 4)))
     for f, arguments in (
         (gelu_tanh, (x,)), (modulated_norm, (x, shift, scale)), (gated, (x, scale, x)), (product, (x, kernel)),

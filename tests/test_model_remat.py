@@ -10,7 +10,8 @@ from flax import nnx
 
 from mila_jax.model import cpu_gradients
 from mila_jax.model.dit import DiTConfig
-from mila_jax.model.remat import NAMES
+from mila_jax.errors import UserError
+from mila_jax.model.remat import NAMES, parts
 from mila_jax.train.state import abstract_model
 from tests.test_model_dit import make_conditions
 
@@ -56,9 +57,28 @@ def found():
 
 def test_less_kept_is_more_computed(found):
     products = {name: counted["dot_general"] for name, counted in found.items()}
-    assert products["none"] < products["dots+attention"] < products["dots"] < products["attention+mlp"] < products["attention"] < products["block"], products
+    order = ["none", "dots+attention", "dots", "attention+mlp", "attention+results", "attention", "block"]
+    assert all(products[more] < products[less] for more, less in zip(order, order[1:])), products
     assert products["full"] == products["block"] == products["offload"]
     assert products["block"] - products["none"] >= 2 * 8  # nearly every product of the two blocks of a pair
+
+
+def test_parts_of_the_stack_have_their_own():
+    assert parts("block", 5) == [("block", 5)]
+    assert parts("dots:2:attention+mlp:1:block", 5) == [("dots", 2), ("attention+mlp", 1), ("block", 2)]
+    wrong = {"dots:5:block": "none of model.depth=5", "dots:2": "PAIRS", "dots:x:block": "PAIRS", "dots:0:block": "PAIRS", "dots:1:x": "'x'"}
+    for text, said in wrong.items():
+        with pytest.raises(UserError, match=f"model.remat.*{said}"):
+            parts(text, 5)
+
+
+def test_a_part_keeps_what_its_name_says(found):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_gradients, "device_kind", lambda: "another device")
+        mixed = gradient_program("none:1:block")
+    # Two loops forward and two backward instead of one each, with the products of both.
+    assert (mixed["scan"], found["none"]["scan"]) == (4, 2)
+    assert found["block"]["dot_general"] < mixed["dot_general"] < found["none"]["dot_general"] + found["block"]["dot_general"]
 
 
 def test_only_offload_moves_the_stream_to_the_host(found):

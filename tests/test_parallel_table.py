@@ -41,7 +41,7 @@ def test_table_adds_up():
     kernel = rows["parameters", "pairs.spatial.mlp.fc1.kernel"]
     assert kernel.shape == (28, 1152, 4608) and kernel.physical == ((), ("fsdp",), ("tensor",))
     assert kernel.mib == 28 * 1152 / 32 * 4608 * 4 / 2**20
-    stream = rows["activations", "stream, spatial block [b v t n d]"]
+    stream = rows["activations", "stream, spatial block [b t v n d]"]
     assert stream.mib == 32 / 32 * 6 * 28 / 2 * 448 * 1152 * 2 / 2**20
 
 

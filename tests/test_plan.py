@@ -117,7 +117,7 @@ def test_full_size_flops_are_known():
 
 
 @pytest.mark.parametrize("name, match", [
-    ("v5q:4x4", "unknown chip 'v5q'"), ("v5p", "not CHIP"), ("v5p:4x4", "3 dimensions"), ("v5e:4x4x4", "2 dimensions"), ("v5e:0x4", "at least 1"),
+    ("v5q:4x4", "unknown chip 'v5q'"), ("v5p", "not CHIP"), ("v5p:4x4", "3 dimensions"), ("v5e:4x4x4", "2 dimensions"), ("v5e:0x4", "at least 1"), ("0xv5e:4x4", "one slice"),
 ])  # fmt: skip
 def test_bad_topologies_are_one_line(capsys, name, match):
     with pytest.raises(UserError, match=match):
@@ -127,7 +127,8 @@ def test_bad_topologies_are_one_line(capsys, name, match):
 
 
 def test_topologies_count_devices():
-    assert [parse_topology(n).devices for n in ("v5p:4x4x4", "v5e:4x4", "tpu7x:2x2x1")] == [64, 16, 8]
+    assert [parse_topology(n).devices for n in ("v5p:4x4x4", "v5e:4x4", "tpu7x:2x2x1", "2xv5e:16x16")] == [64, 16, 8, 512]
+    assert parse_topology("2xv5e:16x16").slice_name == "v5e:16x16"
     assert all(c.peak > 1e14 and c.hbm_limit > 10 for c in CHIPS.values())
 
 
@@ -282,6 +283,14 @@ def test_pages_show_every_state(tmp_path):
     results = [layout.skipped(topology, "train", {"mesh.context": 3}, UserError("does not divide <b>"))]
     text = page.write_page(tmp_path / "p.html", results, None).read_text()
     assert "does not divide &lt;b&gt;" in text and "mesh.context=3" in terminal.overview(results)
+    files = (pathlib.Path(__file__).parents[1] / "docs" / "plan").glob("v*.json")
+    planned = [result for file in files for result in load_results(file)]
+    text = page.write_page(tmp_path / "p.html", [*planned, *results], planned[0]).read_text()
+    bars = text[text.index("<svg") : text.index("</svg>")]
+    assert len(planned) > 3 and bars.count("<rect") == 4 + 4 * len(planned)  # legend, and four parts of each layout
+    widths = [float(w) for w in re.findall(r'<rect x="[\d.]+" y="[\d.]+" width="([\d.]+)" height="16"', bars)]
+    assert all(sum(widths[4 * k : 4 * k + 4]) == pytest.approx(sum(widths[:4]), abs=0.5) for k in range(len(planned)))
+    assert widths[0] / sum(widths[:4]) == pytest.approx(planned[0]["mfu"]["pessimistic"], abs=1e-3)
 
 
 def test_outcomes_are_plain_values():

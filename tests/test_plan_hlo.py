@@ -6,7 +6,7 @@ import pytest
 from mila_jax.parallel.aot import collectives, hlo
 from mila_jax.parallel.aot.chips import CHIPS
 from mila_jax.parallel.aot.costs import matmul_work, traffic
-from mila_jax.parallel.aot.figures import figures
+from mila_jax.parallel.aot.figures import figures, pessimistic_seconds
 from mila_jax.parallel.aot.walk import walk
 
 CHIP = CHIPS["v5p"]
@@ -246,6 +246,31 @@ def test_attention_kernels_count_by_their_shapes():
     assert (split.kernel, split.work.flops) == ("backward_kv", 8 * pairs)
     narrow = rows(KERNELS.replace("2688,128]", "2688,72]"))[0]
     assert narrow.work.padded == pytest.approx(narrow.work.flops * 128 / 72)
+
+
+def test_fused_kernels_have_their_own_time():
+    """Frames before places, and cycles of the vector units instead of a share of the matrix units."""
+    kernel = """  %q = bf16[1,28,672,1152]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[1,28,672,1152]{3,2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %temporal_forward.1 = bf16[1,28,672,1152]{3,2,1,0:T(8,128)(2,1)} custom-call(%q, %k), custom_call_target="tpu_custom_call"
+"""
+    (row,) = rows(kernel)
+    elements = 28 * 672 * 1152
+    assert (row.kernel, row.work.flops) == ("temporal_forward", 4 * elements * 28)
+    assert pessimistic_seconds(row, CHIP, False) == pytest.approx(elements / 1024 * CHIP.own[0] / CHIP.clock)
+    (backward,) = rows(kernel.replace("temporal_forward", "temporal_backward"))
+    assert backward.work.flops == 10 * elements * 28 and pessimistic_seconds(backward, CHIP, False) > pessimistic_seconds(row, CHIP, False)
+
+
+def test_sends_to_other_slices_take_the_network():
+    (row,) = rows("""  %a = bf16[1024,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %t = token[] after-all()
+  %send.1 = (bf16[1024,512]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%a, %t), channel_id=1
+  %recv.1 = (bf16[1024,512]{1,0:T(8,128)(2,1)}, u32[], token[]) recv(%t), channel_id=2
+  ROOT %d = token[] send-done(%send.1), channel_id=1
+""")
+    assert (row.collective.axis, row.collective.bytes) == ("slices", 1024 * 512 * 2)
+    assert row.collective.seconds == pytest.approx(1024 * 512 * 2 / CHIP.network) and row.read + row.written == 0
 
 
 def test_the_two_models_of_time_enclose_each_other():

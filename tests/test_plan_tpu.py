@@ -68,6 +68,15 @@ def test_the_sampling_step_splits_two_passes_and_frames(results):
     assert {"context", "fsdp"} & {e["axis"] for e in result["collectives"]}
 
 
+def test_two_slices_send_to_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("MILA_CACHE", str(tmp_path))
+    config = load_config("configs/tiny.py", [*SMALL, "--config.train.batch=8", "--config.mesh.data=2", "--config.model.remat=none"])
+    result = plan_layout(config, parse_topology("2xv5e:2x2"), "train")
+    axes = {e["axis"]: e["ms"] for e in result["collectives"]}
+    assert result["devices"] == 8 and axes["slices"] > 0 and axes["fsdp"] > 0 and "?" not in axes
+    assert result["flops"]["hlo_over_model"] == pytest.approx(1.01, abs=0.01)
+
+
 @pytest.mark.slow
 def test_full_mode_agrees_with_fast_mode(results):
     fast, full = results("train"), results("full")

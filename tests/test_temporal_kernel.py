@@ -14,20 +14,25 @@ from mila_jax.config import load_config
 from mila_jax.errors import UserError
 from mila_jax.model.attention import attend
 from mila_jax.model.dit import DiTConfig
-from mila_jax.model.layers import rms_norm, rotary_tables, rotate
+from mila_jax.model.layers import rotary_tables, rotate
+from mila_jax.model.norms import rms_norm
 from mila_jax.model.temporal_kernel import fused_attention
 from mila_jax.parallel.logical import rules_from_config
 from tests.tpu_compiler import ROOT, TPU_ENVIRONMENT
 
 
 def apart(q, k, v, q_weight, k_weight, rotary):
-    return attend(rotate(rms_norm(q, q_weight), rotary), rotate(rms_norm(k, k_weight), rotary), v)
+    q, k, v = (jnp.moveaxis(x, 1, -3) for x in (q, k, v))  # attention over the last axis but two
+    return jnp.moveaxis(attend(rotate(rms_norm(q, q_weight), rotary), rotate(rms_norm(k, k_weight), rotary), v), -3, 1)
 
 
-@pytest.mark.parametrize("frames, head, heads, dtype, tolerance", [(5, 128, 2, jnp.float32, 1e-5), (28, 256, 1, jnp.float32, 1e-5), (8, 128, 1, jnp.bfloat16, 0.03)])
-def test_equals_the_steps_apart(frames, head, heads, dtype, tolerance):
+@pytest.mark.parametrize(
+    "frames, places, head, heads, dtype, tolerance",
+    [(5, 3, 128, 2, jnp.float32, 1e-5), (28, 3, 256, 1, jnp.float32, 1e-5), (6, 19, 128, 1, jnp.float32, 1e-5), (8, 3, 128, 1, jnp.bfloat16, 0.03)],
+)  # of 2 · 19 places the last block has 6 of 16
+def test_equals_the_steps_apart(frames, places, head, heads, dtype, tolerance):
     r = np.random.default_rng(0)
-    q, k, v, weight = (jnp.asarray(r.normal(size=(1, 2, 3, frames, heads, head)), dtype) for _ in range(4))  # [b, v, n, t, k, e]
+    q, k, v, weight = (jnp.asarray(r.normal(size=(1, frames, 2, places, heads, head)), dtype) for _ in range(4))  # [b, t, v, n, k, e]
     norms = [jnp.asarray(1 + 0.3 * r.normal(size=head), jnp.float32) for _ in range(2)]
     rotary = rotary_tables(frames, head)
 

@@ -14,7 +14,8 @@ from flax import nnx
 
 from mila_jax.model.cpu_gradients import for_one_cpu
 from mila_jax.model.cross_kernel import attend_text_fused
-from mila_jax.model.layers import Linear, ones, parameter, product, rms_norm, rotate, xavier, zeros
+from mila_jax.model.layers import Linear, ones, parameter, product, rotate, xavier, zeros
+from mila_jax.model.norms import rms_norm
 from mila_jax.model.remat import ATTENTION, INPUTS, keep
 from mila_jax.model.softmax_attention import softmax_attention
 from mila_jax.model.splash import attend_splash, device_kind
@@ -75,9 +76,9 @@ def attend(q, k, v):
 
 
 def attend_text(q, k, v, mask=None):
-    """Softmax attention of every token [b, v, t, n] to the text, softmax in float32.
+    """Softmax attention of every token [b, t, v, n] to the text, softmax in float32.
 
-    q: [b, v, t, n, k, e], k and v: [b, l, k, e], mask: [b, l] bool (True = may be seen) or None. Returns [b, v, t, n, k, e].
+    q: [b, t, v, n, k, e], k and v: [b, l, k, e], mask: [b, l] bool (True = may be seen) or None. Returns [b, t, v, n, k, e].
     """
     q = q * (1 / math.sqrt(q.shape[-1]))
     if for_one_cpu():
@@ -89,11 +90,11 @@ def attend_text(q, k, v, mask=None):
         # Tied to the keys of this layer: the mask alone does not change from layer to layer, so that it would be spread out to the
         # size of the scores once, ahead of all layers, and sent from devices to devices in each.
         k, bias = jax.lax.optimization_barrier((k, jnp.where(mask, 0.0, -1e30)))
-    scores = jnp.einsum("bvtnke,blke->bkvtnl", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("btvnke,blke->bktvnl", q, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = scores + bias[:, None, None, None, None, :]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkvtnl,blke->bvtnke", weights, v)
+    return jnp.einsum("bktvnl,blke->btvnke", weights, v)
 
 
 def attend_spatially(q, k, v, kernel: str):
@@ -120,8 +121,6 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x, rotary=None):
         """x [..., n, d] → [..., n, d], attention over the n axis; rotary: tables over it or None."""
-        if self.kernel == "fused" and device_kind().startswith("TPU"):
-            return self.proj(self._fused(x, rotary))
         made = project(x, self.qkv[...], self.qkv_bias[...], cut=True)  # each [..., n, k, e]
         q, k, v = (keep(constrain(y, *self.layout.made), INPUTS) for y in made)
         if self.q_norm is not None:
@@ -130,16 +129,25 @@ class SelfAttention(nnx.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = constrain(q, *self.layout.queries), constrain(k, *self.layout.keys), constrain(v, *self.layout.keys)
         y = attend_spatially(q, k, v, self.kernel) if self.layout is SPATIAL else attend(q, k, v)
-        y = keep(constrain(y, *self.layout.queries), ATTENTION)
-        return self.proj(y.reshape(x.shape))
+        y = constrain(y, *self.layout.queries)
+        splash = self.layout is SPATIAL and self.kernel == "splash" and device_kind().startswith("TPU")
+        y = y if splash else keep(y, ATTENTION)  # splash keeps its result itself, with its statistics
+        return self.proj(y.reshape(x.shape)) if for_one_cpu() else self.proj.of_heads(y)
 
-    def _fused(self, x, rotary):
-        """Everything between the two projections by one kernel, heads side by side: [..., n, d] → [..., n, d]."""
+    @property
+    def fused(self) -> bool:
+        """Whether the program being traced calls `over_frames`."""
+        return self.kernel == "fused" and device_kind().startswith("TPU")
+
+    def over_frames(self, x, rotary):
+        """As a call of the module, by one kernel between the two projections, for x [b, t, v, n, d] with attention over t."""
         width = x.shape[-1]
         kernel, bias = self.qkv[...].astype(x.dtype).reshape(width, 3, width), self.qkv_bias[...].astype(x.dtype).reshape(3, width)
-        axes = self.layout.queries[:-1]  # the heads' name stands for heads and head width
-        q, k, v = (keep(constrain(x @ kernel[:, m] + bias[m], *axes), INPUTS) for m in range(3))
-        return keep(constrain(attend_fused(q, k, v, self.q_norm[...], self.k_norm[...], rotary, axes), *axes), ATTENTION)
+        # As in `Layout`: where the arrays are made and where attention sees them. The last names stand for heads and head width.
+        made, axes = ("batch", "temporal_frames", None, "places", "heads"), ("batch", "query_frames", None, "places", "temporal_heads")
+        q, k, v = (constrain(keep(constrain(x @ kernel[:, m] + bias[m], *made), INPUTS), *axes) for m in range(3))
+        y = constrain(attend_fused(q, k, v, self.q_norm[...], self.k_norm[...], rotary, axes), *axes)
+        return self.proj.of_kept(y, ATTENTION)
 
 
 class CrossAttention(nnx.Module):
@@ -154,13 +162,13 @@ class CrossAttention(nnx.Module):
         self.proj = Linear(width, width, ("heads", "embed"), rngs=rngs, init=last)
 
     def __call__(self, x, text, mask, axes):
-        """x [b, v, t, n, d] with logical axes `axes`, text [b, l, d], mask [b, l] bool or None → [b, v, t, n, d]."""
-        k, v = (constrain(y, "batch", None, "heads", None) for y in project(text, self.kv[...], self.kv_bias[...], cut=False))
-        q, sides = self.q(x), (*axes[:-1], "heads")
+        """x [b, t, v, n, d] with logical axes `axes`, text [b, l, d], mask [b, l] bool or None → [b, t, v, n, d]."""
+        k, v = (keep(constrain(y, "batch", None, "heads", None), INPUTS) for y in project(text, self.kv[...], self.kv_bias[...], cut=False))
+        sides = (*axes[:-1], "heads")
+        q = keep(constrain(self.q(x), *sides), INPUTS)
         if self.kernel == "fused" and device_kind().startswith("TPU"):
             flat = (y.reshape(*y.shape[:2], -1) for y in (k, v))  # heads side by side
-            y = attend_text_fused(keep(constrain(q, *sides), INPUTS), *flat, mask, sides, k.shape[-1])
-            return self.proj(keep(constrain(y, *sides), ATTENTION))
+            return self.proj(constrain(attend_text_fused(q, *flat, mask, sides, k.shape[-1]), *sides))
         q = constrain(q.reshape(x.shape[:-1] + k.shape[2:]), *sides, None)
         y = keep(constrain(attend_text(q, k, v, mask), *sides, None), ATTENTION)
         return self.proj(y.reshape(x.shape))

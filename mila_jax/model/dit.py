@@ -17,12 +17,13 @@ from flax import nnx
 from mila_jax.errors import UserError
 from mila_jax.model.attention import KERNELS, SPATIAL, TEMPORAL, TEMPORAL_KERNELS, TEXT_KERNELS, CrossAttention, SelfAttention
 from mila_jax.model.conditions import Conditions
+from mila_jax.model.gather import gathered
 from mila_jax.model.motion import camera_rays
-from mila_jax.model.remat import NAMES as REMAT
-from mila_jax.model.remat import MIDDLE, STREAM, keep, rematerialised
+from mila_jax.model.norms import layer_norm, modulated_norm
+from mila_jax.model.remat import BRANCH, INNER, MIDDLE, RESULT, STREAM, keep, parts, rematerialised
 from mila_jax.parallel.logical import constrain
 from mila_jax.model.layers import (
-    MLP, Linear, fourier, gated, gelu_tanh, layer_norm, modulated_norm, normal, parameter, position_table, ray_rotary_tables, rotary_tables,
+    MLP, Linear, fourier, gated, gelu_tanh, normal, parameter, position_table, ray_rotary_tables, rotary_tables,
     rotation_matrix, time_table, xavier, zeros,
 )  # fmt: skip
 
@@ -77,19 +78,19 @@ class DiTConfig:
             raise UserError(f"attention.text={self.text_kernel!r} is unknown; use one of {', '.join(TEXT_KERNELS)}")
         if self.text_kernel == "fused" and (self.width // self.heads) % 128:
             raise UserError(f"attention.text=fused needs model.width/model.heads={self.width // self.heads} a multiple of 128")
-        if self.remat not in REMAT:
-            raise UserError(f"model.remat={self.remat!r} is unknown; use one of {', '.join(REMAT)}")
+        parts(self.remat, self.depth)
 
 
-# Logical axes of the stream [b, v, t, n, d] between a block's parts.
-STREAM_SPATIAL = ("batch", None, "frames", None, None)
-STREAM_TEMPORAL = ("batch", None, "temporal_frames", "places", None)
+# Logical axes of the stream [b, t, v, n, d] between a block's parts. Frames stand before views: all tokens of a frame, which spatial
+# attention sees as one sequence, lie together, and so do the frames that come from one device when frames and places change sides.
+STREAM_SPATIAL = ("batch", "frames", None, None, None)
+STREAM_TEMPORAL = ("batch", "temporal_frames", None, "places", None)
 
 
 class Block(nnx.Module):
     """One STDiT3 block: modulated self-attention, text cross-attention, modulated MLP; adaLN-single modulation per frame.
 
-    Axes of `mod`: [b, v, t, 6, d] in the order shift, scale, gate of the attention, then of the MLP.
+    Axes of `mod`: [b, t, v, 6, d] in the order shift, scale, gate of the attention, then of the MLP.
     """
 
     def __init__(self, config: DiTConfig, temporal: bool, *, rngs: nnx.Rngs):
@@ -102,9 +103,9 @@ class Block(nnx.Module):
         self.mlp = MLP(d, int(d * config.mlp_ratio), d, rngs=rngs, activation=gelu_tanh, last=last, feature_axis="embed")
 
     def __call__(self, x, text, text_mask, mod, rotary):
-        """x [b, v, t, n, d], text [b, l, d] → [b, v, t, n, d]; rotary: tables over the axis that is attended to, or None."""
-        v, axes = x.shape[1], STREAM_TEMPORAL if self.temporal else STREAM_SPATIAL
-        mod = constrain((mod + self.table[...]).astype(x.dtype), *axes[:3], None, None)[..., None, :, :]  # [b, v, t, 1, 6, d]
+        """x [b, t, v, n, d], text [b, l, d] → [b, t, v, n, d]; rotary: tables over the axis that is attended to, or None."""
+        v, axes = x.shape[2], STREAM_TEMPORAL if self.temporal else STREAM_SPATIAL
+        mod = constrain((mod + self.table[...]).astype(x.dtype), *axes[:3], None, None)[..., None, :, :]  # [b, t, v, 1, 6, d]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (mod[..., i, :] for i in range(6))
         # Frames are independent in spatial attention, places in temporal attention: what is split over `context` where, and so
         # which collectives lie between the two, is the mode's rules (parallel/logical.py). Everything between two matrices is
@@ -113,14 +114,16 @@ class Block(nnx.Module):
         x = constrain(x, *axes)
         x = keep(x, MIDDLE) if self.temporal else x
         y = constrain(modulated_norm(x, shift_a, scale_a), *axes)
-        if self.temporal:
-            y = rearrange(self.attn(rearrange(y, "b v t n d -> b v n t d"), rotary), "b v n t d -> b v t n d")
+        if self.temporal and self.attn.fused:
+            y = self.attn.over_frames(y, rotary)
+        elif self.temporal:
+            y = rearrange(self.attn(rearrange(y, "b t v n d -> b v n t d"), rotary), "b v n t d -> b t v n d")
         else:
-            y = rearrange(self.attn(rearrange(y, "b v t n d -> b t (v n) d"), rotary), "b t (v n) d -> b v t n d", v=v)
-        x = constrain(gated(x, gate_a, constrain(y, *axes)), *axes)
-        x = constrain(x + self.cross(x, text, text_mask, axes), *axes)
+            y = rearrange(self.attn(rearrange(y, "b t v n d -> b t (v n) d"), rotary), "b t (v n) d -> b t v n d", v=v)
+        x = constrain(gated(x, gate_a, keep(constrain(y, *axes), BRANCH)), *axes)
+        x = keep(constrain(x + self.cross(x, text, text_mask, axes), *axes), INNER)
         y = constrain(modulated_norm(x, shift_m, scale_m), *axes)
-        return constrain(gated(x, gate_m, constrain(self.mlp(y, axes), *axes)), *axes)
+        return constrain(gated(x, gate_m, keep(constrain(self.mlp(y, axes), *axes), RESULT)), *axes)
 
 
 class Pair(nnx.Module):
@@ -147,7 +150,7 @@ class ConditionEmbeddings(nnx.Module):
         self.null_waypoint = parameter(rngs, (d,), zeros, ("embed",))
 
     def __call__(self, c: Conditions, dtype):
-        """Returns [b, v, t, d]."""
+        """Returns [b, t, v, d]."""
         # Rotation matrices, not quaternions, enter the network: q and -q are the same camera.
         rotation = rotation_matrix(c.extrinsics[..., 3:]).reshape(c.extrinsics.shape[:-1] + (9,))
         camera = jnp.concatenate(
@@ -164,7 +167,7 @@ class ConditionEmbeddings(nnx.Module):
         time = fourier(c.frame_times[..., None], 32.0, 0.1, self.bands)
         waypoint = self.waypoint(waypoint.astype(dtype))
         waypoint = jnp.where(c.drop_waypoints[:, None, None], self.null_waypoint[...].astype(dtype), waypoint)
-        return self.camera(camera.astype(dtype)) + (waypoint + self.frame_time(time.astype(dtype)))[:, None]
+        return jnp.swapaxes(self.camera(camera.astype(dtype)), 1, 2) + (waypoint + self.frame_time(time.astype(dtype)))[:, :, None]
 
 
 class TextEmbedding(nnx.Module):
@@ -211,23 +214,24 @@ class DiT(nnx.Module):
         b, v, t, h, w, _ = x.shape
         pt, ph, pw = cfg.patch
         pad = [(0, 0), (0, 0), (0, -t % pt), (0, -h % ph), (0, -w % pw), (0, 0)]
-        x = rearrange(jnp.pad(x, pad), "b v (t pt) (h ph) (w pw) c -> b v t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        x = rearrange(jnp.pad(x, pad), "b v (t pt) (h ph) (w pw) c -> b t v h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
         rows, columns = x.shape[3:5]
-        per_frame = ("batch", None, None, None)  # embeddings [b, v, t, d] are small: whole, so that both kinds of block find theirs
+        per_frame = ("batch", None, None, None)  # embeddings [b, t, v, d] are small: whole, so that both kinds of block find theirs
         # Stated at both ends of the network: left to itself, the CPU partitioner drops part of the sum over `context` in the
         # gradients of the first and the last kernel (jax 0.10; tests/test_train.py compares meshes).
-        x = constrain(rearrange(x.astype(dtype), "b v t h w p -> b v t (h w) p"), *STREAM_SPATIAL)
+        x = constrain(rearrange(x.astype(dtype), "b t v h w p -> b t v (h w) p"), *STREAM_SPATIAL)
         x = constrain(self.patch(x), *STREAM_SPATIAL)
         x = x + position_table(rows, columns, cfg.width, cfg.image_size, cfg.input_sq_size).astype(dtype)
         if self.conditions is not None:
-            x = x + constrain(self.conditions(conditions, dtype), *per_frame)[:, :, ::pt, None, :]
+            x = x + constrain(self.conditions(conditions, dtype), *per_frame)[:, ::pt, :, None, :]
 
         fps = self.fps(time_table(conditions.fps))[:, None, None]  # [b, 1, 1, d]
-        time = constrain(self.time(time_table(timesteps[:, :, ::pt])) + fps, *per_frame)  # [b, v, t, d], float32
+        timesteps = jnp.swapaxes(timesteps[:, :, ::pt], 1, 2)
+        time = constrain(self.time(time_table(timesteps)) + fps, *per_frame)  # [b, t, v, d], float32
         mod = constrain(self.modulation(nnx.silu(time).astype(dtype)), *per_frame)
         mod = mod.reshape(mod.shape[:-1] + (6, cfg.width))
         text = constrain(self.text(conditions.text, conditions.drop_text, dtype), "batch", None, None)
-        rotary = rotary_tables(x.shape[2], cfg.width // cfg.heads)
+        rotary = rotary_tables(x.shape[1], cfg.width // cfg.heads)
         rays = None
         if cfg.ray_rotary:
             looks = camera_rays(conditions.intrinsics[:, :, ::pt], conditions.extrinsics[:, :, ::pt], rows, columns)
@@ -240,12 +244,16 @@ class DiT(nnx.Module):
 
         # Unrolled, a short stack runs faster on a CPU; a deep one would take the compiler many minutes.
         unroll = cfg.unroll or (cfg.depth if cfg.depth <= 8 else 1)
-        x, _ = jax.lax.scan(rematerialised(body, cfg.remat), x, self.pairs, unroll=unroll)
+        pairs, first = gathered(self.pairs, dtype), 0
+        for name, count in parts(cfg.remat, cfg.depth):
+            some = pairs if count == cfg.depth else jax.tree.map(lambda p, a=first, b=first + count: p[a:b], pairs)
+            x, _ = jax.lax.scan(rematerialised(body, name, looped=unroll < count), x, some, unroll=min(unroll, count))
+            first += count
 
         shift = (self.final_table[0] + time)[..., None, :]  # no activation, no linear map here, as published
         scale = (self.final_table[1] + time)[..., None, :]
         x = layer_norm(x).astype(jnp.float32) * (1 + scale) + shift
         x = constrain(x.astype(dtype), *STREAM_SPATIAL)
         x = constrain(self.final(x), *STREAM_SPATIAL).astype(jnp.float32)
-        x = rearrange(x, "b v t (h w) (pt ph pw c) -> b v (t pt) (h ph) (w pw) c", h=rows, w=columns, pt=pt, ph=ph, pw=pw)
+        x = rearrange(x, "b t v (h w) (pt ph pw c) -> b v (t pt) (h ph) (w pw) c", h=rows, w=columns, pt=pt, ph=ph, pw=pw)
         return x[:, :, :t, :h, :w]

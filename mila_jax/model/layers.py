@@ -5,6 +5,7 @@ k heads, e head width, l text tokens. Tables (rotary, position, time) are comput
 bfloat16 neighbouring time steps and positions collide.
 """
 
+import functools
 import math
 
 import jax
@@ -58,6 +59,16 @@ def product(x, kernel):
     return x @ kernel
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_of_kept(x, kernel, name):
+    return product(x, kernel)
+
+
+_product_of_kept.defvjp(
+    lambda x, kernel, name: (product(x, kernel), (keep(x, name), kernel)), lambda name, kept, g: jax.vjp(product, *kept)[1](g)
+)  # fmt: skip
+
+
 class Linear(nnx.Module):
     """y = x W + b with W [inputs, outputs]; computes in the type of x."""
 
@@ -67,6 +78,19 @@ class Linear(nnx.Module):
 
     def __call__(self, x):
         return product(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
+
+    def of_kept(self, x, name: str):
+        """The same of an x that bears a name for the policies of `remat`, for the gradient of the kernel only.
+
+        A value that is named on its way through the program gets a rounding to its own type, so that it is the same where it is kept and
+        where it is not. Of the result of a kernel that would be a pass of its own over memory.
+        """
+        return _product_of_kept(x, self.kernel[...].astype(x.dtype), name) + self.bias[...].astype(x.dtype)
+
+    def of_heads(self, x):
+        """The same of x [..., k, e] with inputs = k·e, whose last axes are not merged: on a TPU that would copy it."""
+        kernel = self.kernel[...].astype(x.dtype).reshape(*x.shape[-2:], -1)
+        return jnp.einsum("...ke,ked->...d", x, kernel) + self.bias[...].astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -93,31 +117,10 @@ def gelu_tanh(x):
     return jax.nn.gelu(x, approximate=True)
 
 
-def layer_norm(x, eps=1e-6):
-    """LayerNorm over the last axis without affine parameters; statistics in float32, result in the type of x."""
-    y = x.astype(jnp.float32)
-    mean = y.mean(-1, keepdims=True)
-    centred = y - mean
-    return (centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)).astype(x.dtype)
-
-
-@gradient_on_cpu(cpu_gradients.modulated_norm)
-def modulated_norm(x, shift, scale):
-    """`layer_norm` of x [..., n, d], times 1 + scale, plus shift (both [..., 1, d])."""
-    return layer_norm(x) * (1 + scale) + shift
-
-
 @gradient_on_cpu(cpu_gradients.gated)
 def gated(x, gate, y):
     """x + gate · y, for x and y [..., n, d] and gate [..., 1, d]."""
     return x + gate * y
-
-
-@gradient_on_cpu(cpu_gradients.rms_norm)
-def rms_norm(x, weight):
-    """RMSNorm over the last axis in float32 with weight [e]; result in the type of x."""
-    y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6) * weight).astype(x.dtype)
 
 
 def time_table(t, width: int = 256):

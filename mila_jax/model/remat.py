@@ -1,30 +1,40 @@
 """What the forward pass keeps of each pair of blocks for the backward pass; the rest is computed again (`model.remat`).
 
-From most memory to least. FLOPs are those of the matrix products of a training step relative to `none`, counted at the sizes of
-configs/xl.py; what a chip makes of them `mila plan` models.
+From most memory to least. FLOPs are those of a training step relative to `none`, both at the sizes of configs/xl128.py on TPUs; what a
+chip makes of them `mila plan` models. The unit of memory is the stream: tokens × width.
 
-| value          | kept of each pair, besides its input                               | FLOPs |
-|----------------|--------------------------------------------------------------------|-------|
-| none           | everything                                                         | 1     |
-| dots+attention | results of linear layers, of attention and its softmax statistics, |       |
-|                | the stream between the two blocks                                  | 1     |
-| dots           | results of linear layers                                           | ~1.06 |
-| attention+mlp  | results of attention, hidden layers of the MLPs, the stream        |       |
-|                | between the two blocks                                             | ~1.2  |
-| attention      | results of attention and its softmax statistics                    | ~1.27 |
-| block          | nothing (`full` is another name for it)                            | 4/3   |
-| offload        | nothing; the input of each pair waits in the host's memory         | 4/3   |
+| value             | kept of each pair, besides its input                               | memory | FLOPs |
+|-------------------|--------------------------------------------------------------------|--------|-------|
+| none              | everything                                                         |        | 1     |
+| dots+attention    | results of linear layers and of attention, the stream where it     | 25     | 1     |
+|                   | changes sides and before the MLPs                                  |        |       |
+| dots              | results of linear layers                                           | 22     | 1.05  |
+| attention+mlp     | results of attention, hidden layers and results of the MLPs, the   | 13     | 1.12  |
+|                   | stream between the two blocks                                      |        |       |
+| attention+results | results of attention and of the MLPs                               | 4      | 1.20  |
+| attention         | results of attention                                               | 2      | 1.28  |
+| block             | nothing (`full` is another name for it)                            | 0      | 4/3   |
+| offload           | nothing; the input of each pair waits in the host's memory         | 0      | 4/3   |
 
-Softmax statistics are kept by the splash kernel only; attention by XLA computes its weights again in every mode but `none`.
+Memory that is left over after one of them and does not do for the next: `A:10:B` treats the first ten pairs as A, the others as B
+(and so on: `A:4:B:4:C`).
+
+Attention by XLA keeps its results, but computes its weights again in every mode but `none`. All but `block`, `full` and `offload` also
+keep statistics of norms and of the softmax of the splash kernel, which take next to nothing.
 """
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from mila_jax.errors import UserError
 from mila_jax.model.splash import RESIDUALS
 
-# Names of values inside a pair (`keep`) that policies choose from.
-STREAM, MIDDLE, INPUTS, ATTENTION, HIDDEN = "stream", "stream_middle", "attention_inputs", "attention_result", "mlp_hidden"
+# Names of values inside a pair (`keep`) that policies choose from. The stream is that at the beginning of a pair, at the beginning of its
+# second block, and between attention and MLP; a branch is what attention or the MLP adds to it, before its gate.
+STREAM, MIDDLE, INNER = "stream", "stream_middle", "stream_inner"
+INPUTS, ATTENTION, BRANCH = "attention_inputs", "attention_result", "attention_branch"
+HIDDEN, RESULT = "mlp_hidden", "mlp_result"
+STATISTICS = "norm_statistics"
 
 
 def keep(x, name: str):
@@ -40,13 +50,15 @@ def _linear(primitive, *operands, **parameters):
 
 def _policies() -> dict:
     p = jax.checkpoint_policies
-    attention = p.save_only_these_names(RESIDUALS, ATTENTION)
+    attention = (RESIDUALS, ATTENTION, STATISTICS)
     return {
-        # q, k and v with their bias, so that it is not added again; the stream where it changes sides, so that no collective runs again.
-        "dots+attention": p.save_from_both_policies(_linear, p.save_only_these_names(RESIDUALS, ATTENTION, INPUTS, MIDDLE)),
+        # All by name, after the bias: a result that is kept as the product leaves it would be written a second time with it. That of
+        # attention to the text is not kept: its kernel takes less than writing and reading it.
+        "dots+attention": p.save_only_these_names(*attention, INPUTS, BRANCH, MIDDLE, INNER, HIDDEN, RESULT),
         "dots": _linear,
-        "attention+mlp": p.save_only_these_names(RESIDUALS, ATTENTION, HIDDEN, MIDDLE),
-        "attention": attention,
+        "attention+mlp": p.save_only_these_names(*attention, MIDDLE, HIDDEN, RESULT),
+        "attention+results": p.save_only_these_names(*attention, RESULT),
+        "attention": p.save_only_these_names(*attention),
         "block": p.nothing_saveable,
         "full": p.nothing_saveable,
         "offload": p.save_and_offload_only_these_names(
@@ -58,8 +70,29 @@ def _policies() -> dict:
 NAMES = ("none", *_policies())
 
 
-def rematerialised(body, name: str):
-    """The scan body `body` with the policy `name` of the table above; `KeyError` for a name that is not in it."""
+def parts(text: str, depth: int) -> list[tuple[str, int]]:
+    """`model.remat` → (name, number of pairs) in their order: `"block"` → all, `"dots:10:block"` → ten and the rest.
+
+    Raises `UserError` for unknown names and for numbers that do not fit.
+    """
+    names, counts = text.split(":")[::2], text.split(":")[1::2]
+    for name in names:
+        if name not in NAMES:
+            known = ", ".join(NAMES)
+            raise UserError(f"model.remat={text!r}: {name!r} is unknown; use one of {known}, or two with a number of pairs between, block:4:none")
+    if len(counts) != len(names) - 1 or not all(c.isdigit() and int(c) > 0 for c in counts):
+        raise UserError(f"model.remat={text!r} is not NAME or NAME:PAIRS:NAME")
+    rest = depth - sum(map(int, counts))
+    if rest < 1:
+        raise UserError(f"model.remat={text!r} leaves none of model.depth={depth} pairs for {names[-1]!r}; lower a number")
+    return list(zip(names, [*map(int, counts), rest]))
+
+
+def rematerialised(body, name: str, *, looped: bool):
+    """The scan body `body` with the policy `name` of the table above; `KeyError` for a name that is not in it.
+
+    looped: whether the scan stays a loop. Where it is unrolled the compiler would find that what is computed again has been computed.
+    """
     if name == "none":
         return body
-    return jax.checkpoint(body, policy=_policies()[name], prevent_cse=False)
+    return jax.checkpoint(body, policy=_policies()[name], prevent_cse=not looped)

@@ -20,6 +20,7 @@ RESIDUALS = "attention_residuals"  # name of the kernel's result and softmax sta
 # The largest block of queries and of keys by chip (device_kind). Modelled, by instruction counts of the compiled kernel at 2,688
 # tokens: 896 instead of 384 makes v5p's forward 1.6 and its backward 1.4 times cheaper; 1,408 no longer fits into VMEM.
 BLOCKS = {"TPU v5 lite": 896, "TPU v5": 896, "TPU v6 lite": 896, "TPU7x": 896}
+MOST_KEYS = 2688  # that the backward kernel holds at a time; 5,632 do not fit into VMEM
 OTHER_BLOCK = 512  # chips that the table does not know
 
 
@@ -56,8 +57,10 @@ def splash(q, k, v, *, block: int, interpret: bool = False):
         return jnp.pad(x, ((0, 0), (0, 0), (0, padded - n), (0, 0)))
 
     mask, segments = _mask_and_segments(heads, n, padded)
+    # The backward kernel returns a part of dq for every block of keys that it holds at a time, which XLA adds up.
+    keys = max(n for n in range(block, max(block, MOST_KEYS) + 1, block) if padded % n == 0)
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=keys, block_kv_dkv_compute=block,
         use_fused_bwd_kernel=True,
     )  # fmt: skip
     kernel = splash_attention_kernel.make_splash_mha(

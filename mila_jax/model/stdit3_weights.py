@@ -127,10 +127,9 @@ def load(params: nnx.State, config: DiTConfig, state_dict, *, source: str = "sta
 
 def save(params: nnx.State, config: DiTConfig) -> dict[str, np.ndarray]:
     """The published state dict of our parameters (the new embeddings are left out), without `rope.freqs`."""
-    flat = {path: np.asarray(value[...]) for path, value in nnx.to_flat_state(params)}
-    out = {}
+    flat, out = dict(nnx.to_flat_state(params)), {}
     for entry in _table(config):
-        value = flat[entry.ours]
+        value = np.asarray(flat[entry.ours][...])
         if "{i}" in entry.published:
             out |= {entry.published.format(i=i): entry.to_published(value[i]) for i in range(config.depth)}
         else:

@@ -27,6 +27,7 @@ RULES = {
     # parameters
     "layers": None,
     "embed": "fsdp",
+    "embed_in_step": "fsdp",  # of kernels while a step computes with them: split as they are stored, or whole (`mesh.gather`)
     "mlp": "tensor",
     "heads": "tensor",
     "head_dim": None,
@@ -48,11 +49,18 @@ MODES = {
 _rules = contextvars.ContextVar("logical_rules", default=RULES)
 
 
-def rules_of(mode: str = "context", changes=()) -> dict:
-    """The whole table for `attention.parallel` = mode and the config's `mesh.rules`.
+# When kernels that are split over devices are made whole (`mesh.gather`): by each layer, in the forward pass and again in the backward pass
+# (least memory), or all of them before the first layer, in the compute type (two bytes a parameter more, and half of the transfers).
+GATHER = {"layer": {}, "step": {"embed_in_step": None}}
 
-    Raises `UserError` for an unknown mode, logical name or mesh axis.
+
+def rules_of(mode: str = "context", changes=(), gather: str = "layer") -> dict:
+    """The whole table for `attention.parallel` = mode, the config's `mesh.gather` and its `mesh.rules`.
+
+    Raises `UserError` for an unknown mode, gather, logical name or mesh axis.
     """
+    if gather not in GATHER:
+        raise UserError(f"mesh.gather={gather!r} is unknown; use one of {', '.join(GATHER)}")
     if mode not in MODES:
         raise UserError(f"attention.parallel={mode!r} is unknown; use one of {', '.join(MODES)}")
     changes = dict(changes)
@@ -63,7 +71,8 @@ def rules_of(mode: str = "context", changes=()) -> dict:
         if wrong:
             raise UserError(f"mesh.rules.{name}={axes!r}: {wrong[0]!r} is no mesh axis; use {', '.join(AXES)}, a tuple of them, or None")
         changes[name] = tuple(axes) if isinstance(axes, list) else axes
-    return {**RULES, **MODES[mode], **changes}
+    same = {} if "embed_in_step" in changes or "embed" not in changes else {"embed_in_step": changes["embed"]}
+    return {**RULES, **MODES[mode], **same, **GATHER[gather], **changes}
 
 
 def rules_from_config(config) -> dict:
@@ -72,7 +81,8 @@ def rules_from_config(config) -> dict:
     Raises `UserError` as `rules_of` does, and for a temporal kernel whose frames would be split.
     """
     attention = config.get("attention", {})
-    rules = rules_of(attention.get("parallel", "context"), config.get("mesh", {}).get("rules", {}))
+    mesh = config.get("mesh", {})
+    rules = rules_of(attention.get("parallel", "context"), mesh.get("rules", {}), mesh.get("gather", "layer"))
     if attention.get("temporal", "xla") == "fused" and (rules["query_frames"] or rules["key_frames"]):
         raise UserError("attention.temporal=fused wants whole frames on every device; use attention.parallel=context or heads, or attention.temporal=xla")
     return rules

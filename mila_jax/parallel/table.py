@@ -87,9 +87,9 @@ def _dotted(path) -> str:
 def _activations(dit, b: int, t: int, n: int):
     """(name, shape, dtype, logical names) of what a pair of blocks holds at its widest; see model/dit.py and model/attention.py."""
     v, d, k, e, hidden = len(VIEWS), dit.width, dit.heads, dit.width // dit.heads, int(dit.width * dit.mlp_ratio)
-    spatial, temporal = ("batch", None, "frames", None), ("batch", None, "temporal_frames", "places")
-    yield "stream, spatial block [b v t n d]", (b, v, t, n, d), dit.dtype, (*spatial, None)
-    yield "stream, temporal block [b v t n d]", (b, v, t, n, d), dit.dtype, (*temporal, None)
+    spatial, temporal = ("batch", "frames", None, None), ("batch", "temporal_frames", None, "places")
+    yield "stream, spatial block [b t v n d]", (b, t, v, n, d), dit.dtype, (*spatial, None)
+    yield "stream, temporal block [b t v n d]", (b, t, v, n, d), dit.dtype, (*temporal, None)
     yield "q, spatial attention [b t v·n k e]", (b, t, v * n, k, e), dit.dtype, ("batch", "frames", None, "heads", None)
     if dit.attention_kernel == "xla":
         yield "scores, spatial attention [b t k v·n v·n]", (b, t, k, v * n, v * n), "float32", ("batch", "frames", "heads", None, None)
@@ -98,9 +98,9 @@ def _activations(dit, b: int, t: int, n: int):
     if dit.temporal_kernel == "xla":
         scores = ("batch", None, "places", "temporal_heads", "query_frames", "key_frames")
         yield "scores, temporal attention [b v n k t t]", (b, v, n, k, t, t), "float32", scores
-    yield "hidden, spatial MLP [b v t n 4d]", (b, v, t, n, hidden), dit.dtype, (*spatial, "mlp")
-    yield "hidden, temporal MLP [b v t n 4d]", (b, v, t, n, hidden), dit.dtype, (*temporal, "mlp")
-    yield "stream kept for the backward pass, all pairs", (dit.depth, b, v, t, n, d), dit.dtype, ("layers", *spatial, None)
+    yield "hidden, spatial MLP [b t v n 4d]", (b, t, v, n, hidden), dit.dtype, (*spatial, "mlp")
+    yield "hidden, temporal MLP [b t v n 4d]", (b, t, v, n, hidden), dit.dtype, (*temporal, "mlp")
+    yield "stream kept for the backward pass, all pairs", (dit.depth, b, t, v, n, d), dit.dtype, ("layers", *spatial, None)
 
 
 def format_table(rows: list[Row], sizes: dict) -> str:

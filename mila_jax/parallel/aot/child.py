@@ -50,6 +50,7 @@ def compile_request(request: dict, folder: pathlib.Path) -> None:
     from jax.experimental import topologies
 
     from mila_jax.errors import UserError
+    from mila_jax.parallel.aot.chips import parse_topology
     from mila_jax.parallel.aot.program import make_program
     from mila_jax.parallel.aot.sizes import plan_sizes
     from mila_jax.parallel.mesh import make_mesh
@@ -57,7 +58,9 @@ def compile_request(request: dict, folder: pathlib.Path) -> None:
     config = ml_collections.ConfigDict(json.loads(request["config"]))
     began = time.monotonic()
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=request["topology"]).devices
+        topology = parse_topology(request["topology"])
+        several = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.slice_name, **several).devices
     except Exception as error:  # the compiler's own errors have no common type
         raise UserError(f"--topology={request['topology']}: the TPU compiler does not know it ({str(error).splitlines()[0][:200]})") from None
     sizes = plan_sizes(config, len(devices), request["step"])

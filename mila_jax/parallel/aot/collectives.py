@@ -98,6 +98,12 @@ def ring_seconds(kind: str, bytes_in: int, bytes_out: int, size: int, chip: Chip
     return bytes_out / chip.link
 
 
+def to_other_slices(i: Instruction, computation: Computation, chip: Chip) -> Collective:
+    """`Collective` of a `send`: of collectives over several slices the compiler makes ones within a slice, and sends between slices."""
+    size = sum(a.padded for a in operand_arrays(i, computation)[:1])
+    return Collective("send", "slices", 2, size, size / chip.network, True)
+
+
 def describe(i: Instruction, computation: Computation, mesh: dict[str, int], chip: Chip, *, asynchronous: bool, kind=None, sizes=None) -> Collective:
     """`Collective` of an instruction. sizes: (bytes in, bytes out) where its own operands do not show them."""
     kind = kind or kind_of(i.opcode)

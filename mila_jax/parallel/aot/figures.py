@@ -11,7 +11,7 @@ In both, collectives stop everything else (no overlap at all).
 
 import collections
 
-from mila_jax.parallel.aot.chips import Chip
+from mila_jax.parallel.aot.chips import OWN_KERNELS, Chip
 from mila_jax.parallel.aot.walk import Row, Walk
 
 GIB = 1 << 30
@@ -23,7 +23,7 @@ FAST_MATMUL_RATE = 0.85
 COMMON = (
     "modelled, not measured: no figure here was checked on a TPU",
     "MFU counts the model's matmuls without recomputation, at the chip's bf16 peak",
-    "collectives: bidirectional rings at the link bandwidth, fully exposed, no latency or contention",
+    "collectives: bidirectional rings at the link bandwidth, between slices at the network's, fully exposed, no latency or contention",
     "roofline: per instruction the larger of matmul time at peak and HBM time; prefetches into on-chip memory overlap",
     "HBM bytes are tile-padded sizes of what each instruction reads and writes there",
 )
@@ -45,6 +45,8 @@ def pessimistic_seconds(row: Row, chip: Chip, cycles: bool) -> float:
     if row.prefetch:
         return 0.0
     memory = (row.read + row.written) / chip.hbm_bandwidth
+    if row.kernel in OWN_KERNELS:
+        return max(memory, row.work.flops / chip.peak, row.work.vector / 1024 * chip.own[OWN_KERNELS.index(row.kernel)] / chip.clock)
     if row.kernel:
         share = chip.kernel[0 if row.kernel == "forward" else 1]
         return max(memory, row.work.padded / (chip.peak * min(share, 1.0)))

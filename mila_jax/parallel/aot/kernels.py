@@ -1,7 +1,9 @@
 """Attention kernels (Pallas) in a compiled program: the compiler knows nothing of their inside, so their work comes from their shapes."""
 
+import math
 import re
 
+from mila_jax.parallel.aot.chips import OWN_KERNELS
 from mila_jax.parallel.aot.costs import Work, operand_arrays
 from mila_jax.parallel.aot.hlo import Computation, Instruction
 
@@ -36,18 +38,23 @@ def kernel_part(i: Instruction, computation: Computation) -> str:
     return "forward"
 
 
+def own_kernel(i: Instruction) -> str:
+    """Which of our own kernels an instruction is (`chips.OWN_KERNELS`, by the names that they are given), "" for others."""
+    return next((name for name in OWN_KERNELS if name in i.name or name in i.op_name), "")
+
+
 def kernel_work(i: Instruction, computation: Computation, unit: int = 128) -> Work:
     """Work of an attention kernel with operands q [..., q, e] and k [..., s, e] (the first two float arrays of three or more axes).
 
-    Nothing if there are no such operands. padded: with the head width filled up to the matrix unit.
+    The kernel of temporal attention has frames before places: [b, t, n, k·e]. Nothing if there are no such operands. padded: with the
+    head width filled up to the matrix unit; vector: elements of q, for our own kernels, whose time `chips.Chip.own` has.
     """
     inputs = _inputs(i, computation)
     if len(inputs) < 2:
         return Work()
+    own = own_kernel(i)
     q, k = inputs[0].dims, inputs[1].dims
     matmuls = MATMULS[kernel_part(i, computation)]
-    flops = 2.0 * matmuls * k[-2]
-    for n in q:
-        flops *= n
+    flops = 2.0 * matmuls * k[-3 if own.startswith("temporal") else -2] * math.prod(q)
     # A head narrower than 128 lanes still takes all of them; the matrix unit's own side matters less, the kernel's rate includes it.
-    return Work(flops, flops * -(-q[-1] // 128) * 128 / q[-1])
+    return Work(flops, flops * -(-q[-1] // 128) * 128 / q[-1], math.prod(q) if own else 0.0)

@@ -41,7 +41,7 @@ def plan_layout(config, topology: Topology, step: str, *, name: str = "", change
             "evaluations": sizes.passes, "width": sizes.dit.width, "depth": sizes.dit.depth, "heads": sizes.dit.heads,
         },
         "hbm": {"limit_gib": limit_gib}, "compile": {"seconds": round(outcome.seconds, 1), "cached": cached}, "versions": cache.versions(),
-        "chip": {k: getattr(chip, k) for k in ("name", "peak", "hbm_bandwidth", "hbm_limit", "link", "clock")},
+        "chip": {k: getattr(chip, k) for k in ("name", "peak", "hbm_bandwidth", "hbm_limit", "link", "network", "clock")},
         "sources": [list(line) for line in SOURCES],
     }  # fmt: skip
     if outcome.memory.get("peak"):
@@ -57,7 +57,8 @@ def plan_layout(config, topology: Topology, step: str, *, name: str = "", change
         result |= {"status": "refused", "reason": outcome.failure}
         result["hbm"]["fits"] = False
         return result
-    found = walk(hlo.parse(outcome.text), chip, sizes.mesh)
+    # Slices lie along the axis data (`parallel.placement`); the program is that of one of them, with sends to the others.
+    found = walk(hlo.parse(outcome.text), chip, sizes.mesh | {"data": sizes.mesh["data"] // topology.slices})
     result |= figures(found, chip, model_flops(sizes) / topology.devices, full)
     if not result["hbm"].get("fits", True):
         result["reason"] = f"needs {result['hbm']['peak_gib']:.2f} GiB of {limit_gib} GiB"

@@ -16,7 +16,8 @@ _CYCLES = re.compile(r'"window_config":\{.*?"estimated_cycles":"(\d+)"')
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One executed instruction. times: executions a step; work, read, written (HBM bytes), cycles (the compiler's estimate, 0 if none)
-    of one execution. kernel: part of an attention kernel or "". prefetch: a copy between memories that runs beside other work."""
+    of one execution. kernel: which of our own kernels (`chips.OWN_KERNELS`), or part of another attention kernel, or "". prefetch: a copy
+    between memories that runs beside other work."""
 
     name: str
     opcode: str
@@ -90,7 +91,11 @@ class _Walker:
         prefetch = False
         copy = i.opcode in ("copy", "transpose") or (i.opcode == "fusion" and re.match(r"(copy|transpose|bitcast_copy|copy_bitcast)", i.name) is not None)
         collective = None
-        if collectives.kind_of(i.opcode):
+        if i.opcode == "recv":
+            return None  # the other end of a send, at the same time
+        if i.opcode == "send":
+            collective = collectives.to_other_slices(i, computation, self.chip)
+        elif collectives.kind_of(i.opcode):
             collective = collectives.describe(i, computation, self.mesh, self.chip, asynchronous=i.opcode.endswith("-start"))
         elif i.opcode == "fusion":
             work = computation_work(module, i.called, unit, self.memo)
@@ -98,7 +103,7 @@ class _Walker:
         elif i.opcode in ("dot", "convolution"):
             work = matmul_work(i, computation, unit)
         elif target == kernels.TARGET:
-            work, kernel = kernels.kernel_work(i, computation, unit), kernels.kernel_part(i, computation)
+            work, kernel = kernels.kernel_work(i, computation, unit), kernels.own_kernel(i) or kernels.kernel_part(i, computation)
         elif i.opcode in ("async-start", "copy-start", "slice-start", "dynamic-slice-start"):
             inner = _inner_collective(module, i.called)
             if inner:
