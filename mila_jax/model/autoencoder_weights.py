@@ -7,7 +7,6 @@ everything, and the parity check on published weights covers our own files too.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from safetensors.numpy import save_file
 
 from mila_jax.errors import UserError
 from mila_jax.model.autoencoder import AutoencoderConfig, abstract_autoencoder
+from mila_jax.model.weight_files import file_sha256, local_file, read_config_beside, read_tensors
 
 FORMAT = "mila_jax.autoencoder/1"
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.18
@@ -85,25 +85,36 @@ def from_published(tensors: Mapping[str, np.ndarray], config: AutoencoderConfig)
     UserError naming the tensor when one is missing, has the wrong shape, or is left over.
     """
     tensors = {_current_name(name): value for name, value in tensors.items()}
-    _, shapes = abstract_autoencoder(config)
+    return fill_published(tensors, abstract_autoencoder(config)[1], "autoencoder", config)
+
+
+# PyTorch's axes → ours, by their number: linear [out, in], convolutions [out, in, (depth,) height, width].
+_AXES = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
+
+
+def fill_published(tensors: Mapping[str, np.ndarray], shapes: nnx.State, what: str, config) -> nnx.State:
+    """`shapes` (a module's abstract state whose attributes carry the published names) with the tensors' values, as float32.
+
+    UserError, calling the network `what`, naming the tensor that is missing, has a shape that does not fit `config`, or is left over.
+    """
     flat, used = {}, set()
     for path, leaf in nnx.to_flat_state(shapes):
         name = _published_name(path)
         if name not in tensors:
-            raise UserError(f"autoencoder weights: tensor {name!r} is missing; is this a complete AutoencoderKL state dict?")
+            raise UserError(f"{what} weights: tensor {name!r} is missing; is this a complete state dict?")
         value = np.asarray(tensors[name], np.float32)
         if path[-1] == "kernel":
             if value.ndim == 4 and len(leaf.shape) == 2:
                 value = value[:, :, 0, 0]
-            value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+            value = value.transpose(_AXES[value.ndim]) if value.ndim in _AXES else value
         if value.shape != leaf.shape:
-            raise UserError(f"autoencoder weights: tensor {name!r} has shape {tuple(tensors[name].shape)}, which does not fit the "
+            raise UserError(f"{what} weights: tensor {name!r} has shape {tuple(tensors[name].shape)}, which does not fit the "
                             f"config {config}; pass the config.json that belongs to these weights")
         flat[path] = nnx.Param(jnp.asarray(value))
         used.add(name)
     extra = sorted(set(tensors) - used)
     if extra:
-        raise UserError(f"autoencoder weights: unknown tensor {extra[0]!r} ({len(extra)} in all); is this an AutoencoderKL state dict?")
+        raise UserError(f"{what} weights: unknown tensor {extra[0]!r} ({len(extra)} in all); is this a state dict of that network alone?")
     return nnx.from_flat_state(flat)
 
 
@@ -144,47 +155,51 @@ def save_autoencoder(path, config: AutoencoderConfig, params: nnx.State, shift, 
         raise UserError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    local = local_file(path)
+    if not local.exists():
+        raise UserError(f"no autoencoder weights at {path}; train them with `python -m mila_jax.train.autoencoder`")
+    if local.suffix != ".safetensors":
+        return read_tensors(local)[:2]
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(local, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except FileNotFoundError:
-        raise UserError(f"no autoencoder weights at {path}; train them with `python -m mila_jax.train.autoencoder`") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read autoencoder weights {path}: {error}; the file is broken or not safetensors") from error
 
 
+PIPELINE = "spatial_vae.module."  # the 2-D autoencoder's place in the file of Open-Sora's whole VAE
+PIPELINE_SCALE = 0.18215
+
+
 def load_autoencoder(path) -> tuple[AutoencoderConfig, nnx.State, np.ndarray, np.ndarray]:
-    """(config, params, shift [c], scale [c]) from our file, or from published safetensors with their config.json beside them.
+    """(config, params, shift [c], scale [c]) from our file, from published weights (.safetensors, .pth) with their config.json beside
+    them, or from the file of Open-Sora's whole VAE; on this machine or in a bucket.
 
     Published weights have no per-channel statistics: shift and scale come from `shift_factor` (0) and 1 / `scaling_factor` (1).
     Normalised latents are (latents - shift) / scale. UserError when the file is absent, broken, or not an autoencoder.
     """
-    path = Path(path)
     tensors, metadata = _read(path)
     if metadata.get("format") == FORMAT:
         config = AutoencoderConfig(**json.loads(metadata["config"]))
         shift, scale = (np.array(json.loads(metadata[key]), np.float32) for key in ("shift", "scale"))
-    else:
-        beside = path.with_name("config.json")
-        if not beside.exists():
-            raise UserError(f"{path} was not written by mila_jax and has no {beside.name} beside it; put the published config.json there")
-        published = json.loads(beside.read_text())
-        config = infer_config(tensors, published)
-        shift = np.full(config.latent_channels, published.get("shift_factor") or 0.0, np.float32)
-        scale = np.full(config.latent_channels, 1 / (published.get("scaling_factor") or 1.0), np.float32)
+        return config, from_published(tensors, config), shift, scale
+    published = read_config_beside(path)
+    if any(name.startswith(PIPELINE) for name in tensors):
+        tensors = {name[len(PIPELINE) :]: value for name, value in tensors.items() if name.startswith(PIPELINE)}
+        # The pipeline's config.json is about the pipeline; its factor is always this one.
+        published = {"scaling_factor": PIPELINE_SCALE, "norm_num_groups": (published or {}).get("norm_num_groups", 32)}
+    if published is None:
+        raise UserError(f"{path} was not written by mila_jax and has no config.json beside it; put the published config.json there")
+    config = infer_config(tensors, published)
+    shift = np.full(config.latent_channels, published.get("shift_factor") or 0.0, np.float32)
+    scale = np.full(config.latent_channels, 1 / (published.get("scaling_factor") or 1.0), np.float32)
     return config, from_published(tensors, config), shift, scale
 
 
 def training_card(path) -> dict:
     """What made our weights file (data, seed, steps, PSNR …); {} for published weights."""
-    return json.loads(_read(Path(path))[1].get("card", "{}"))
-
-
-def file_sha256(path) -> str:
-    """Hex SHA-256 of a file, to tell later whether latents were made by these weights."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return json.loads(_read(path)[1].get("card", "{}"))
 
 
 @dataclasses.dataclass(frozen=True)

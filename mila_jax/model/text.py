@@ -143,10 +143,10 @@ def minilm_folder() -> Path:
     return folder
 
 
-def make_text_encoder(name: str = "auto", length: int = 32) -> TextEncoder:
-    """The encoder called "minilm" or "table"; "auto" is MiniLM when installed, else the table.
+def make_text_encoder(name: str = "auto", length: int = 32, path=None, tokenizer=None) -> TextEncoder:
+    """The encoder called "minilm", "table" or "t5"; "auto" is MiniLM when installed, else the table.
 
-    UserError on an unknown name, and when "minilm" is asked for and not installed.
+    path, tokenizer: files of T5 (mila_jax/model/t5.py). UserError on an unknown name, and when what is asked for is not there.
     """
     if name == "auto":
         try:
@@ -154,6 +154,12 @@ def make_text_encoder(name: str = "auto", length: int = 32) -> TextEncoder:
         except UserError:
             return WordTable(length)
         return MiniLM(length)
+    if name == "t5":
+        from mila_jax.model.t5 import T5
+
+        if path is None:
+            raise UserError("text.path is not set: give the file or folder of T5 v1.1's encoder (--config.text.path=…)")
+        return T5(path, tokenizer, length)
     if name not in ("minilm", "table"):
-        raise UserError(f"unknown text encoder {name!r}; choose minilm, table or auto (text.encoder)")
+        raise UserError(f"unknown text encoder {name!r}; choose minilm, table, t5 or auto (text.encoder)")
     return MiniLM(length) if name == "minilm" else WordTable(length)

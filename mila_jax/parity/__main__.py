@@ -15,7 +15,7 @@ def check_file(path) -> list[tuple[str, float, float]]:
 
     Raises `UserError` if the file cannot be read or is of no known format.
     """
-    from mila_jax.parity import autoencoder_kl, rflow, stdit3
+    from mila_jax.parity import autoencoder_kl, rflow, stdit3, vae_temporal
 
     try:
         with np.load(path, allow_pickle=False) as z:
@@ -26,10 +26,10 @@ def check_file(path) -> list[tuple[str, float, float]]:
         raise UserError(f"{path} is not a readable .npz file ({error}); get it again") from None
     if stdit3.matches(npz):
         return stdit3.check(npz, Path(path).parent)
-    for format_ in (autoencoder_kl, rflow):
+    for format_ in (autoencoder_kl, rflow, vae_temporal):
         if format_.matches(npz):
             return format_.check(npz)
-    raise UserError(f"{path} is of no known format (STDiT3, AutoencoderKL or rectified flow); its keys start with {sorted(npz)[:3]}")
+    raise UserError(f"{path} is of no known format (STDiT3, AutoencoderKL, temporal autoencoder or rectified flow); its keys start with {sorted(npz)[:3]}")
 
 
 def main(paths) -> int:

@@ -1,0 +1,90 @@
+"""The T5 v1.1 encoder: parity with transformers on random weights (optional), and what wrong files say."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mila_jax.errors import UserError
+from mila_jax.model.t5 import T5, T5Config, check_tensors, infer_t5_config, t5_forward, t5_shapes
+from mila_jax.model.text import make_text_encoder
+
+CONFIG = T5Config(layers=2, width=16, heads=2, head_width=6, mlp_width=24, buckets=32, vocabulary=40)
+
+
+@pytest.fixture
+def tensors():
+    rng = np.random.default_rng(0)
+    shapes = t5_shapes(CONFIG) | {"shared.weight": (CONFIG.vocabulary, CONFIG.width)}
+    return {k: rng.standard_normal(s).astype(np.float32) * (0.3 if len(s) > 1 else 0.1) + (len(s) == 1) for k, s in shapes.items()}
+
+
+@pytest.fixture
+def folder(tmp_path, tensors):
+    """Weights with a tokenizer of whole words beside them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "rain": 3, "turn": 4, "left": 5}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_sizes_are_read_from_the_tensors(tensors):
+    assert infer_t5_config(tensors) == CONFIG
+
+
+def test_tokens_and_padding(folder):
+    encoder = make_text_encoder("t5", 6, folder)
+    tokens, mask = encoder.encode(["rain", "turn left rain turn left rain turn"])
+    assert tokens.shape == (2, 6, 16) and tokens.dtype == np.float16 and mask.sum(1).tolist() == [2, 6]
+    assert not tokens[0, 2:].any() and len(encoder.sha256) == 64
+    longer, _ = T5(folder / "model.safetensors", folder / "tokenizer.json", 12).encode(["rain"])
+    np.testing.assert_allclose(longer[0, :2], tokens[0, :2], atol=2e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None, reason="transformers is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_parity_with_transformers(tensors):
+    import torch
+    from transformers import T5Config as TheirConfig
+    from transformers import T5EncoderModel
+
+    their = TheirConfig(
+        vocab_size=40, d_model=16, d_kv=6, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+    )  # fmt: skip
+    model = T5EncoderModel(their).eval()
+    state = {k: torch.from_numpy(v) for k, v in tensors.items()} | {"encoder.embed_tokens.weight": torch.from_numpy(tensors["shared.weight"])}
+    lost = model.load_state_dict(state, strict=False)
+    assert not lost.missing_keys and not lost.unexpected_keys
+    ids = np.random.default_rng(1).integers(2, 40, (3, 150))
+    mask = np.arange(150) < np.array([[150], [7], [60]])
+    with torch.no_grad():
+        theirs = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64))).last_hidden_state.numpy()
+    ours = np.asarray(t5_forward(tensors, CONFIG, tensors["shared.weight"][ids], mask))
+    np.testing.assert_allclose(ours[mask], theirs[mask], atol=2e-5)
+
+
+def test_wrong_weights_are_named(tensors, folder):
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    for change, message in (
+        (lambda t: t.pop(name), f"{name}' is missing"),
+        (lambda t: t.update({name: t[name].T}), f"{name}' has shape"),
+        (lambda t: t.update({"encoder.block.1.extra": t[name]}), "unknown tensor 'encoder.block.1.extra'"),
+    ):
+        broken = dict(tensors)
+        change(broken)
+        with pytest.raises(UserError, match=message):
+            check_tensors(broken, CONFIG)
+    with pytest.raises(UserError, match="text.path is not set"):
+        make_text_encoder("t5", 8)
+    with pytest.raises(UserError, match="holds no weights"):
+        T5(folder / "nowhere")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="set text.tokenizer"):
+        T5(folder)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="broken or not safetensors"):
+        T5(folder)
