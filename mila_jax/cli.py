@@ -61,12 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--frames", metavar="DIR", help="folder of first frames of the reference rig: CAM_FRONT/*.jpg or CAM_FRONT*.jpg, and so on")
     generate.add_argument("--scene", metavar="NAME")
     generate.add_argument("--start", type=float, default=1.0, help="seconds into the scene of the last given frame")
-    generate.add_argument("--waypoints", default=None, metavar="W", help="scene, a .csv or .json file, or straight, left, right, stop")
+    generate.add_argument("--waypoints", default=None, metavar="W", help="scene, a .csv or .json file, straight, left, right, stop, or none")
     generate.add_argument("--speed", type=float, default=8.0, help="m/s at the start of a named manoeuvre")
     generate.add_argument("--text", default=None, help="scene description")
     generate.add_argument("--seconds", type=float, default=8.0)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--out", required=True, metavar="DIR")
+    generate.add_argument("--explain", action="store_true", help="print and draw (DIR/schedule.png) the windows and noise levels, generate nothing")
     generate.add_argument("--per-view", action="store_true", help="one mp4 for each camera as well")
     evaluate = command("evaluate", "reconstruction PSNR of the autoencoder and FD-EffNetLite0 of generated against recorded video")
     evaluate.add_argument("--out", default=None, metavar="FILE", help="write the scores as JSON")
@@ -118,7 +119,7 @@ def _run(options, config) -> int:
             print(f"{outcome.step} steps; {'finished' if outcome.finished else 'stopped by train.minutes; run again to go on'}")
             print(outcome.model)
     elif options.command == "generate":
-        from mila_jax.generate import generate_command
+        from mila_jax.generate_command import generate_command
 
         print(generate_command(config, options, progress=progress))
     elif options.command == "evaluate":

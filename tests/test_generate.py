@@ -124,7 +124,7 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys):
         "is not a folder": ["generate", f"--frames={tmp_path}/none", "--waypoints=stop", out],
         "CAM_FRONT": ["generate", f"--frames={tmp_path}/empty", "--waypoints=stop", out],
         "sideways": ["generate", data, f"--scene={name}", "--waypoints=sideways", out],
-        "short.csv ends at 1": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/short.csv", out],
+        "short.csv ends at 1 s": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/short.csv", out],
         "cannot write to": ["generate", data, f"--scene={name}", f"--out={tmp_path}/file/x"],
         "--seconds=0 must": ["generate", data, f"--scene={name}", "--seconds=0", out],
         "--seconds=nan must": ["generate", data, f"--scene={name}", "--seconds=nan", out],
