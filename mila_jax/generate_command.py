@@ -51,7 +51,7 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
         with tqdm.tqdm(total=job.windows, unit="window", desc="generate", disable=not progress) as bar:
             finished = list(kept.read(shape))[: job.windows]
             resumed = len(finished)
-            shown = 0
+            shown = made = 0
             for number, window in enumerate(generator.stream(job, finished)):
                 if number >= resumed:
                     kept.write(number, window)
@@ -61,8 +61,10 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
                 for frame in decoder(new) if new.shape[1] else ():
                     shown += 1
                     yield frame
-                bar.set_postfix_str(f"{'anchors' if stage == 'coarse' else f'frame {shown} of {length}, {shown / (time.monotonic() - began):.1f} frames/s'}")
-                bar.update()
+                made += new.shape[1] if number >= resumed else 0
+                rate = made / (time.monotonic() - began)
+                bar.set_postfix_str("anchors" if stage == "coarse" else f"frame {shown} of {length}, {rate:.1f} frames/s")
+                bar.update()  # all windows cost the same, so the time left is told from the first one on
 
     scale = _display_scale(model.data["image_size"])
     with contextlib.ExitStack() as stack:

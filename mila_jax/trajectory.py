@@ -13,7 +13,7 @@ from mila_jax.geometry import relative_waypoints
 MANOEUVRES = ("straight", "left", "right", "stop")
 COLUMNS = ("t", "x", "y", "yaw")
 FASTEST = 60.0  # m/s
-QUICKEST_TURN = 3.0  # rad/s; no car turns half as fast
+QUICKEST_TURN = 2.0  # rad/s; cars turn at most half as fast
 WIDEST_GAP = 1.0  # seconds; evenly wide steps may be wider, what lies between is a straight line
 
 
