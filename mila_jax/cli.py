@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   mila generate --data=DIR --scene=scene-0008 --seconds=8 --out=DIR
   mila generate --frames=FOLDER --waypoints=left --text="Rain, turn left" --seconds=8 --out=DIR
   mila evaluate --config.data.dir=DIR --out=FILE
+  mila drift VIDEO_DIR … --config.data.dir=DIR --out=DIR
   mila plan --config=configs/default.py --topology=v5p:4x4x4        memory and modelled speed on a TPU slice, without one
   mila doctor                                          what is installed, what is missing and how to get it
 
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", default=None, metavar="FILE", help="write the scores as JSON")
     evaluate.add_argument("--clips", type=int, default=4, help="held-out clips to generate")
     evaluate.add_argument("--seconds", type=float, default=2.0, help="length of each")
+    drift = command("drift", "curves of how generated videos change from second to second, beside recorded ones (config.data.dir)")
+    drift.add_argument("videos", nargs="+", metavar="DIR", help="folders that mila generate made; videos of one strategy are one curve")
+    drift.add_argument("--out", required=True, metavar="DIR")
     from mila_jax.parallel.aot.options import add_arguments
 
     add_arguments(command("plan", "compile the real step for a TPU slice ahead of time: memory, FLOPs, collectives, modelled utilisation"))
@@ -122,6 +126,10 @@ def _run(options, config) -> int:
         from mila_jax.generate_command import generate_command
 
         print(generate_command(config, options, progress=progress))
+    elif options.command == "drift":
+        from mila_jax.drift_command import drift_command
+
+        print(drift_command(config, options.videos, options.out))
     elif options.command == "evaluate":
         from mila_jax.scores import evaluate_command
 
