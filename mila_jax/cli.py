@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     drift = command("drift", "curves of how generated videos change from second to second, beside recorded ones (config.data.dir)")
     drift.add_argument("videos", nargs="+", metavar="DIR", help="folders that mila generate made; videos of one strategy are one curve")
     drift.add_argument("--out", required=True, metavar="DIR")
+    ablate = command("ablate", "the paper's ablations on the val scenes of config.data.dir, with bootstrap intervals; goes on where it stopped")
+    ablate.add_argument("--out", required=True, metavar="DIR")
+    ablate.add_argument("--clips", type=int, default=8, help="held-out clips of each of the two halves, to tune and to report on")
+    ablate.add_argument("--long", type=float, default=4.0, help="seconds of the long videos")
     from mila_jax.parallel.aot.options import add_arguments
 
     add_arguments(command("plan", "compile the real step for a TPU slice ahead of time: memory, FLOPs, collectives, modelled utilisation"))
@@ -130,6 +134,10 @@ def _run(options, config) -> int:
         from mila_jax.drift_command import drift_command
 
         print(drift_command(config, options.videos, options.out))
+    elif options.command == "ablate":
+        from mila_jax.ablate import ablate_command
+
+        print(ablate_command(config, options.out, clips=options.clips, long_seconds=options.long, progress=progress))
     elif options.command == "evaluate":
         from mila_jax.scores import evaluate_command
 

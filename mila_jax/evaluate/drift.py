@@ -89,15 +89,15 @@ def curves(videos: list[dict], recorded: list[dict], *, resamples: int = 200, se
         if recorded and all(name in v for v in recorded):
             out["recorded"][name] = float(np.mean([v[name].mean() for v in recorded]))
     if recorded and all("features" in v for v in [*videos, *recorded]):
-        reference = np.concatenate([v["features"].reshape(-1, v["features"].shape[-1]) for v in recorded])
+        reference = frechet.Reference(np.concatenate([v["features"].reshape(-1, v["features"].shape[-1]) for v in recorded]))
         per_video = np.stack([v["features"][:seconds] for v in videos])  # [videos, seconds, n, d]
 
         def distances(chosen):
-            return np.array([frechet.frechet_distance(per_video[chosen, s].reshape(-1, reference.shape[1]), reference) for s in range(seconds)])
+            return np.array([reference.distance(per_video[chosen, s].reshape(-1, per_video.shape[-1])) for s in range(seconds)])
 
         out[frechet.NAME] = _interval(distances(np.arange(len(videos))), [distances(draw) for draw in draws])
         # Recorded seconds taken one video's share of pictures at a time: what no drift would show.
-        parts = [frechet.frechet_distance(f, reference) for v in recorded for f in v["features"]]
+        parts = [reference.distance(f) for v in recorded for f in v["features"]]
         out["recorded"][frechet.NAME] = float(np.mean(parts))
     return out
 
