@@ -131,11 +131,19 @@ def get_config() -> ConfigDict:
     c.generate.weights = placeholder(str)  # .safetensors or a training folder; none: the shipped model
     c.generate.steps = 50
     c.generate.strategy = "coarse_to_refine"  # recurrent | divide_and_conquer | coarse_to_refine
+    c.generate.jdc = True  # False: anchors are not corrected, which makes coarse_to_refine divide_and_conquer
+    c.generate.window = 0  # frames of a window, conditioning included; 0 = as trained, here and in the next two
+    c.generate.conditioning = 0  # clean first frames of a window
+    c.generate.anchor_stride = 0  # 12 Hz frames from anchor to anchor, a multiple of the new frames of a window (12 = anchors at 1 Hz)
     c.generate.guidance_text = 1.0  # 1 = none
     c.generate.guidance_waypoints = 1.0
-    c.generate.shift = 1.0  # timestep shift R: times t → R t / (1 + (R - 1) t)
+    c.generate.guidance_batched = True  # one pass over a larger batch; False: one after the other, in less memory
+    c.generate.shift = 1.0  # timestep shift R: times t → R t / (1 + (R - 1) t); 0 = Open-Sora's R for the image size and window
     c.generate.temperature = 1.0  # scale of the noise that frames start from; below 1: calmer pictures, less variety
-    c.generate.decode_batch = 24  # images at a time
+    c.generate.windows_per_call = 1  # windows that leave the device together
+    c.generate.decode_frames = 4  # frames that go through the autoencoder together …
+    c.generate.decode_views = 0  # … of so many views; 0 = all
+    c.generate.decode_tile = 0  # latents along each side of a tile; 0 = whole images
 
     # What `mila plan` takes a data set to be, so that it needs none. Every other command reads these from the data.
     c.plan = ConfigDict()

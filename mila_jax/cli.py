@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   mila generate --data=DIR --scene=scene-0008 --seconds=8 --out=DIR
   mila generate --frames=FOLDER --waypoints=left --text="Rain, turn left" --seconds=8 --out=DIR
   mila evaluate --config.data.dir=DIR --out=FILE
+  mila drift VIDEO_DIR … --config.data.dir=DIR --out=DIR
   mila plan --config=configs/default.py --topology=v5p:4x4x4        memory and modelled speed on a TPU slice, without one
   mila doctor                                          what is installed, what is missing and how to get it
 
@@ -61,17 +62,25 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--frames", metavar="DIR", help="folder of first frames of the reference rig: CAM_FRONT/*.jpg or CAM_FRONT*.jpg, and so on")
     generate.add_argument("--scene", metavar="NAME")
     generate.add_argument("--start", type=float, default=1.0, help="seconds into the scene of the last given frame")
-    generate.add_argument("--waypoints", default=None, metavar="W", help="scene, a .csv or .json file, or straight, left, right, stop")
+    generate.add_argument("--waypoints", default=None, metavar="W", help="scene, a .csv or .json file, straight, left, right, stop, or none")
     generate.add_argument("--speed", type=float, default=8.0, help="m/s at the start of a named manoeuvre")
     generate.add_argument("--text", default=None, help="scene description")
     generate.add_argument("--seconds", type=float, default=8.0)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--out", required=True, metavar="DIR")
+    generate.add_argument("--explain", action="store_true", help="print and draw (DIR/schedule.png) the windows and noise levels, generate nothing")
     generate.add_argument("--per-view", action="store_true", help="one mp4 for each camera as well")
     evaluate = command("evaluate", "reconstruction PSNR of the autoencoder and FD-EffNetLite0 of generated against recorded video")
     evaluate.add_argument("--out", default=None, metavar="FILE", help="write the scores as JSON")
     evaluate.add_argument("--clips", type=int, default=4, help="held-out clips to generate")
     evaluate.add_argument("--seconds", type=float, default=2.0, help="length of each")
+    drift = command("drift", "curves of how generated videos change from second to second, beside recorded ones (config.data.dir)")
+    drift.add_argument("videos", nargs="+", metavar="DIR", help="folders that mila generate made; videos of one strategy are one curve")
+    drift.add_argument("--out", required=True, metavar="DIR")
+    ablate = command("ablate", "the paper's ablations on the val scenes of config.data.dir, with bootstrap intervals; goes on where it stopped")
+    ablate.add_argument("--out", required=True, metavar="DIR")
+    ablate.add_argument("--clips", type=int, default=8, help="held-out clips of each of the two halves, to tune and to report on")
+    ablate.add_argument("--long", type=float, default=4.0, help="seconds of the long videos")
     from mila_jax.parallel.aot.options import add_arguments
 
     add_arguments(command("plan", "compile the real step for a TPU slice ahead of time: memory, FLOPs, collectives, modelled utilisation"))
@@ -118,9 +127,17 @@ def _run(options, config) -> int:
             print(f"{outcome.step} steps; {'finished' if outcome.finished else 'stopped by train.minutes; run again to go on'}")
             print(outcome.model)
     elif options.command == "generate":
-        from mila_jax.generate import generate_command
+        from mila_jax.generate_command import generate_command
 
         print(generate_command(config, options, progress=progress))
+    elif options.command == "drift":
+        from mila_jax.drift_command import drift_command
+
+        print(drift_command(config, options.videos, options.out))
+    elif options.command == "ablate":
+        from mila_jax.ablate import ablate_command
+
+        print(ablate_command(config, options.out, clips=options.clips, long_seconds=options.long, progress=progress))
     elif options.command == "evaluate":
         from mila_jax.scores import evaluate_command
 

@@ -1,67 +1,81 @@
-"""Long six-view videos: from a `Start` to latents, and from latents to files."""
+"""Long six-view videos: from `Start`s to latents."""
 
+import copy
 import dataclasses
-import json
+import functools
 import pathlib
-import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
+from mila_jax.decode import decode_frames  # noqa: F401 (a part of this module's interface)
 from mila_jax.errors import UserError
-from mila_jax.evaluate.video import write_six_views, write_view
 from mila_jax.flow.guidance import guided
 from mila_jax.flow.plan import RolloutPlan, Windows, plan_rollout
-from mila_jax.flow.rollout import SamplerOptions, rollout
+from mila_jax.flow.rollout import (
+    Rollout, Rows, SamplerOptions, State, Tables, advance, after_window, collect, make_rows, make_tables, pad_rows, start_state,
+)  # fmt: skip
+from mila_jax.flow.timeshift import shift_ratio
 from mila_jax.model import conditions as conditions_module
 from mila_jax.model.conditions import Conditions
 from mila_jax.model.network import make_velocity
-from mila_jax.model.weights import SHIPPED, WorldModel, load_model
-from mila_jax.prepare import describe_data, open_codec
-from mila_jax.start import FRAME_RATE, Start, choose_trajectory, frame_count, from_folder, from_scene
+from mila_jax.model.weights import SHIPPED, WorldModel
+from mila_jax.prepare import describe_data
+from mila_jax.start import FRAME_RATE, Start
 from mila_jax.views import VIEWS
 
 
 def sampler_options(model: WorldModel, config) -> SamplerOptions:
-    """How windows are denoised: the config's `window` and `generate` sections."""
+    """How windows are denoised: the config's `window` and `generate` sections. generate.shift = 0 is Open-Sora's rule."""
     w, g = config.window, config.generate
+    shift = g.shift if g.shift else float(shift_ratio(*model.data["image_size"], w.frames))
     return SamplerOptions(
-        steps=g.steps, family=w.tpd_family, alpha=w.tpd_strength, a=w.anchor_error, sigma_a=w.anchor_level, shift=g.shift, temperature=g.temperature,
+        steps=g.steps, family=w.tpd_family, alpha=w.tpd_strength, a=w.anchor_error, sigma_a=w.anchor_level, shift=shift, temperature=g.temperature,
     )
 
 
 def make_plan(config, frames: int, given: int) -> RolloutPlan:
     """The rollout of `frames` frames at 12 Hz after `given` first ones."""
-    w = config.window
-    return plan_rollout(
-        frames, fps=FRAME_RATE, window=w.frames, conditioning=w.conditioning, anchor_stride=w.anchor_stride, strategy=config.generate.strategy, given=given
+    w, g = config.window, config.generate
+    strategy = "divide_and_conquer" if g.strategy == "coarse_to_refine" and not g.jdc else g.strategy
+    return plan_rollout(frames, fps=FRAME_RATE, window=w.frames, conditioning=w.conditioning, anchor_stride=w.anchor_stride, strategy=strategy, given=given)
+
+
+class WindowConditions(NamedTuple):
+    """What the network is told of each window: `waypoints [W, b, t, 3]`, `frame_times [W, b, t]`, `fps [W, b]` (see `Conditions`)."""
+
+    waypoints: np.ndarray
+    frame_times: np.ndarray
+    fps: np.ndarray
+
+
+def stage_conditions(start: list[Start], windows: Windows) -> WindowConditions:
+    """Conditions of all windows of a stage for a batch of starts."""
+    count, frames = windows.indices.shape
+    b = len(start)
+    waypoints = np.stack([s.trajectory.waypoints(windows.times, windows.reference / windows.video_fps) for s in start], 1)
+    return WindowConditions(
+        waypoints=waypoints,
+        frame_times=np.broadcast_to(windows.frame_times[:, None], (count, b, frames)).astype(np.float32),
+        fps=np.full((count, b), windows.fps, np.float32),
     )
 
 
-def stage_conditions(start: list[Start], windows: Windows | None) -> Conditions | None:
-    """Conditions of all windows of a stage for a batch of starts; leaves lead with [W, b]."""
-    if windows is None:
-        return None
-    count, frames = windows.indices.shape
+def shared_conditions(start: list[Start], frames: int) -> Conditions:
+    """What is the same in all windows of `frames` frames (text, cameras); the fields of `WindowConditions` are zeros of one window's shape."""
     b, v = len(start), len(VIEWS)
-
-    def lead(per_start):  # [b, …] → [W, b, …]
-        return jnp.asarray(np.broadcast_to(np.stack(per_start), (count, b) + np.shape(per_start[0])))
-
-    waypoints = np.stack([s.trajectory.waypoints(windows.times, windows.reference / windows.video_fps) for s in start], 1)
-    none = jnp.zeros((count, b), bool)
     return Conditions(
-        text=lead([s.text for s in start]),
-        text_mask=lead([s.text_mask for s in start]),
-        waypoints=jnp.asarray(waypoints),
-        intrinsics=lead([np.broadcast_to(s.intrinsics[:, None], (v, frames, 4)) for s in start]),
-        extrinsics=lead([np.broadcast_to(s.extrinsics[:, None], (v, frames, 7)) for s in start]),
-        frame_times=jnp.asarray(np.broadcast_to(windows.frame_times[:, None], (count, b, frames)), jnp.float32),
-        fps=jnp.full((count, b), windows.fps, jnp.float32),
-        drop_text=none,
-        drop_waypoints=none,
+        text=np.stack([s.text for s in start]),
+        text_mask=np.stack([s.text_mask for s in start]),
+        waypoints=np.zeros((b, frames, 3), np.float32),
+        intrinsics=np.stack([np.broadcast_to(s.intrinsics[:, None], (v, frames, 4)) for s in start]),
+        extrinsics=np.stack([np.broadcast_to(s.extrinsics[:, None], (v, frames, 7)) for s in start]),
+        frame_times=np.zeros((b, frames), np.float32),
+        fps=np.zeros((b,), np.float32),
+        drop_text=np.zeros((b,), bool),
+        drop_waypoints=np.array([not s.waypoints_known for s in start]),
     )
 
 
@@ -69,48 +83,114 @@ def generation_velocity(graphdef, params, dit, prior, generate):
     """The velocity that windows are denoised with: the network, guided as the config's `generate` section says."""
     velocity = make_velocity(graphdef, params, dit, prior)
     drops = (conditions_module.drop_text, conditions_module.drop_waypoints)
-    return guided(velocity, drops, (generate.guidance_text, generate.guidance_waypoints))
+    return guided(velocity, drops, (generate.guidance_text, generate.guidance_waypoints), batched=generate.guidance_batched)
+
+
+def _advance(params, state, rows, tables, shared, key, count, *, model, guidance):
+    """`flow.rollout.advance` with the network of a `WorldModel`; `guidance`: the config's `generate` section."""
+    velocity = generation_velocity(model.graphdef, params, model.dit, model.prior, guidance)
+
+    def windowed(latents, levels, window):
+        return velocity(latents, levels, shared.replace(**window._asdict()))
+
+    return advance(windowed, state, rows, tables, key, count)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A video to be made: its plan, and what goes into the program. `anchors [b, v, A, h, w, c]` if they are given, else None."""
+
+    plan: RolloutPlan
+    rows: Rows
+    tables: Tables
+    shared: Conditions
+    first: np.ndarray
+    anchors: np.ndarray | None
+    key: jax.Array
+
+    @property
+    def windows(self) -> int:
+        """Number of windows to denoise."""
+        return len(self.rows.kind)
+
+    def state(self) -> State:
+        """The state before the first window; a new one each time, since programs take it over."""
+        return start_state(self.first, self.plan, self.anchors)
 
 
 class Generator:
-    """A model with its sampler; compiles once per plan."""
+    """A model with its sampler. One program serves all lengths, strategies, schedules and anchor settings; another number of steps,
+    frames of a window, samples or windows a call, or other guidance, is another program."""
 
     def __init__(self, model: WorldModel, config):
         self.model, self.config = model, config
         self.options = sampler_options(model, config)
-        self._compiled = {}
+        self._advance = jax.jit(functools.partial(_advance, model=model, guidance=config.generate), donate_argnums=1)
+        self._after = jax.jit(after_window)
 
-    def __call__(self, start: list[Start], frames: int, seed: int = 0):
-        """Latents [b, v, frames, h, w, c] (normalised) after the given frames of each start, and the plan.
+    def with_config(self, config) -> "Generator":
+        """The same model and programs with other settings, which must not change the guidance."""
+        keys = ("guidance_text", "guidance_waypoints", "guidance_batched")
+        if any(config.generate[key] != self.config.generate[key] for key in keys):
+            raise ValueError("other guidance is another program: make a new Generator")
+        other = copy.copy(self)
+        other.config, other.options = config, sampler_options(self.model, config)
+        return other
 
-        All starts must have equally many given frames. The same seed gives the same video.
+    def job(self, start: list[Start], frames: int, seed: int = 0, *, anchors=None) -> Job:
+        """What makes `frames` frames after the given ones of each start; all must have equally many given frames.
+
+        anchors [b, v, A, h, w, c]: in place of those of the coarse stage. Raises `UserError` for first frames of another size.
         """
-        given = start[0].first_latents.shape[1]
-        plan = make_plan(self.config, frames, given)
-        first = jnp.asarray(np.stack([s.first_latents for s in start]))
-        stages = [stage_conditions(start, w) for w in (plan.coarse, plan.refine, plan.bootstrap)]
-        compiled = self._compiled.setdefault((frames, given), self._compile(plan))
-        return compiled(self.model.params, first, *stages, jax.random.key(seed)), plan
+        shape = (len(VIEWS), *self.model.data["latent_shape"])
+        for s in start:
+            found = s.first_latents.shape[:1] + s.first_latents.shape[2:]
+            if found != shape:
+                raise UserError(f"first_latents of {found} (views, rows, columns, channels) do not fit the model's {shape}; give first frames of its size")
+        plan = make_plan(self.config, frames, start[0].first_latents.shape[1])
+        conditions = {stage: stage_conditions(start, windows) for stage, windows in plan.stages.items()}
+        rows = make_rows(plan, conditions, skip_coarse=anchors is not None)
+        first = np.stack([s.first_latents for s in start])
+        return Job(plan, rows, make_tables(plan, self.options), shared_conditions(start, plan.window), first, anchors, jax.random.key(seed))
 
-    def _compile(self, plan):
-        model, g = self.model, self.config.generate
+    def arguments(self, job: Job, first: int, count: int, capacity: int, state: State):
+        """Arguments of the program for `count` windows from number `first` on, with room for `capacity`."""
+        rows = pad_rows(jax.tree.map(lambda leaf: leaf[first : first + count], job.rows), capacity)
+        return self.model.params, state, rows, job.tables, job.shared, job.key, np.int32(count)
 
-        def run(params, first, coarse, refine, bootstrap, key):
-            velocity = generation_velocity(model.graphdef, params, model.dit, model.prior, g)
-            return rollout(velocity, first, plan, coarse, refine, key, self.options, bootstrap_conditions=bootstrap)
+    def lower(self, job: Job):
+        """The program that makes the whole video in one call, lowered: for its compile time and memory."""
+        return self._advance.lower(*self.arguments(job, 0, job.windows, job.windows, job.state()))
 
-        return jax.jit(run)
+    def __call__(self, start: list[Start], frames: int, seed: int = 0, *, anchors=None) -> tuple[Rollout, RolloutPlan]:
+        """Latents [b, v, frames, h, w, c] (normalised) as NumPy, and the plan; see `job`. One call of one program.
 
+        The same seed gives the same video. Room for windows is a power of two, so that other lengths can use the program.
+        """
+        job = self.job(start, frames, seed, anchors=anchors)
+        capacity = 1 << (job.windows - 1).bit_length()
+        _, windows = self._advance(*self.arguments(job, 0, job.windows, capacity, job.state()))
+        return collect(job.plan, np.asarray(windows)[: job.windows], anchors), job.plan
 
-def decode_frames(codec, latents, *, progress: bool = False):
-    """Yields frames uint8 [v, H, W, 3] of latents [v, t, h, w, c] (normalised), a few at a time."""
-    latents = np.asarray(latents, np.float32).swapaxes(0, 1)  # [t, v, …]
-    t, v = latents.shape[:2]
-    frames_at_once = max(1, codec.chunk // v)
-    for first in tqdm.tqdm(range(0, t, frames_at_once), desc="decode", unit="chunk", disable=not progress):
-        part = latents[first : first + frames_at_once]
-        images = codec.decode(part.reshape((-1,) + part.shape[2:]))
-        yield from images.reshape((len(part), v) + images.shape[1:])
+    def stream(self, job: Job, finished=()):
+        """Yields the windows of a job one after the other as they are ready, NumPy [b, v, t, h, w, c]; together the bits of `__call__`.
+
+        The device works on the next `generate.windows_per_call` windows while the caller has these. `finished`: first windows of an
+        interrupted run, in order; they are passed on, and generation goes on behind them.
+        """
+        state, number, pending = job.state(), 0, None
+        for number, window in enumerate(finished, 1):
+            state = self._after(state, jax.tree.map(lambda leaf: leaf[number - 1], job.rows), window)
+            yield window
+        size = max(1, self.config.generate.windows_per_call)
+        while number < job.windows or pending is not None:
+            ready, pending = pending, None
+            if number < job.windows:
+                count = min(size, job.windows - number)
+                state, windows = self._advance(*self.arguments(job, number, count, size, state))
+                number, pending = number + count, (windows, count)
+            if ready is not None:
+                yield from np.asarray(ready[0])[: ready[1]]
 
 
 def find_weights(config) -> pathlib.Path:
@@ -140,70 +220,15 @@ def check_fits(model: WorldModel, codec, data_dir=None) -> None:
 
 
 def window_settings(model: WorldModel, config):
-    """The config with the sizes of the window that the model was trained on (they cannot differ from the weights')."""
+    """The config with the sizes of the window that the model was trained on, and over them those that `generate` asks for."""
     config = config.copy_and_resolve_references()
+    g, w = config.generate, config.window
     for key in ("frames", "conditioning", "anchor_stride"):
-        config.window[key] = model.config.window[key]
+        w[key] = model.config.window[key]
+    for key in ("window", "conditioning", "anchor_stride"):
+        if g[key] < 0:
+            raise UserError(f"generate.{key}={g[key]} must be positive, or 0 for what the model was trained with")
+    w.frames, w.conditioning = g.window or w.frames, g.conditioning or w.conditioning
+    if g.anchor_stride or g.window or g.conditioning:
+        w.anchor_stride = g.anchor_stride or w.frames - w.conditioning
     return config
-
-
-def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
-    """`mila generate`: returns the folder with video.mp4, latents.npz, and generate.json."""
-    from data_pipeline.clips import read_scene
-    from mila_jax.model.text import make_text_encoder
-
-    length = frame_count(options.seconds)
-    out = pathlib.Path(options.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".write").touch()
-        (out / ".write").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}); choose another --out") from None
-    model = load_model(find_weights(config))
-    config = window_settings(model, config)
-    codec = open_codec(config)
-    check_fits(model, codec, options.data)
-    given = config.window.conditioning
-    text_length = model.data["text_shape"][0]
-    if options.data:
-        if not options.scene:
-            raise UserError("--scene is not set; mila prepare's index.json lists the scenes of a data set")
-        scene = read_scene(options.data, options.scene)
-        start, _ = from_scene(scene, options.start, given)
-        if options.text is not None:
-            encoder = make_text_encoder(model.data["text_encoder"], text_length, config.text.get("path"), config.text.get("tokenizer"))
-            tokens, mask = encoder.encode([options.text])
-            start = dataclasses.replace(start, text=tokens[0], text_mask=mask[0], description=options.text)
-    else:
-        encoder = make_text_encoder(model.data["text_encoder"], text_length, config.text.get("path"), config.text.get("tokenizer"))
-        start = from_folder(options.frames, codec, encoder, model.data["image_size"], given, options.text or "")
-    trajectory = choose_trajectory(options.waypoints, start, options.seconds, options.speed, bool(options.data))
-    start = dataclasses.replace(start, trajectory=trajectory)
-    began = time.monotonic()
-    result, plan = Generator(model, config)([start], length, options.seed)
-    latents = np.asarray(result.latents[0])
-    generated = time.monotonic() - began
-    frames = []
-
-    def tee():
-        for frame in decode_frames(codec, latents, progress=progress):
-            if options.per_view:
-                frames.append(frame)
-            yield frame
-
-    write_six_views(out / "video.mp4", tee(), FRAME_RATE, scale=_display_scale(model.data["image_size"]))
-    for view, name in enumerate(VIEWS if options.per_view else ()):
-        write_view(out / f"{name}.mp4", (f[view] for f in frames), FRAME_RATE)
-    np.savez(out / "latents.npz", latents=latents.astype(np.float16), views=np.array(VIEWS))
-    summary = {
-        "seconds": options.seconds, "frames": plan.frames, "text": start.description, "waypoints": options.waypoints or "scene", "seed": options.seed,
-        "strategy": plan.strategy, "weights_sha256": model.sha256, "generate_seconds": round(generated, 1), "steps": config.generate.steps,
-    }  # fmt: skip
-    (out / "generate.json").write_text(json.dumps(summary, indent=1))
-    return out / "video.mp4"
-
-
-def _display_scale(image_size) -> float:
-    """Small images are enlarged, so that a player shows them at a size that can be looked at."""
-    return max(1.0, round(256 / image_size[1]))

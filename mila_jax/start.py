@@ -1,12 +1,14 @@
 """What a generated video starts from: first frames of six views, cameras, a trajectory and a text."""
 
 import dataclasses
+import hashlib
 import pathlib
 
 import numpy as np
+from PIL import Image
 
 from mila_jax.errors import UserError
-from mila_jax.trajectory import MANOEUVRES, Trajectory, from_poses, manoeuvre, read_trajectory
+from mila_jax.trajectory import FASTEST, MANOEUVRES, Trajectory, check_driveable, coasting, from_poses, manoeuvre, read_trajectory
 from mila_jax.views import VIEWS
 
 FRAME_RATE = 12.0
@@ -16,7 +18,8 @@ HALF_FRAME = 0.5 / FRAME_RATE
 @dataclasses.dataclass(frozen=True)
 class Start:
     """first_latents [v, g, h, w, c]: g given frames at 12 Hz, normalised; intrinsics [v, 4], extrinsics [v, 7]: one rig for the
-    whole video; trajectory: time 0 = last given frame; text [l, e], text_mask [l]; description: the text itself."""
+    whole video; trajectory: time 0 = last given frame; text [l, e], text_mask [l]; description: the text itself; waypoints_known:
+    False tells the network of no waypoints (the trajectory then is a guess, which only the motion prior uses)."""
 
     first_latents: np.ndarray
     intrinsics: np.ndarray
@@ -25,6 +28,15 @@ class Start:
     text: np.ndarray
     text_mask: np.ndarray
     description: str
+    waypoints_known: bool = True
+
+    def digest(self) -> str:
+        """Hash over everything in it, to tell whether two videos start from the same."""
+        parts = (self.first_latents, self.intrinsics, self.extrinsics, self.trajectory.times, self.trajectory.poses, self.text, self.text_mask)
+        digest = hashlib.sha256(repr((self.description, self.waypoints_known, [np.shape(part) for part in parts])).encode())
+        for part in parts:
+            digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
 
 
 def from_scene(scene: dict, start_seconds: float, given: int) -> tuple["Start", np.ndarray]:
@@ -53,11 +65,14 @@ def from_scene(scene: dict, start_seconds: float, given: int) -> tuple["Start", 
     return start, np.arange(last + 1, len(times))
 
 
+ASPECT = 0.03  # relative difference of height/width that resizing may squeeze (1600×900 fits 64×112)
+
+
 def read_frames(folder, image_size) -> np.ndarray:
     """First frames from a folder → uint8 [v, g, H, W, 3].
 
     Files are CAM_FRONT/*.jpg or CAM_FRONT*.jpg (png too) for each of the six cameras, ordered by name, 1/12 s apart, the same
-    number for each. Raises `UserError` naming the folder or file.
+    number for each, all of one size with the model's proportions. Raises `UserError` naming the folder, camera or file.
     """
     from data_pipeline.nuscenes.reader import load_image
 
@@ -72,10 +87,28 @@ def read_frames(folder, image_size) -> np.ndarray:
         files = inside.iterdir() if inside.is_dir() else (f for f in folder.iterdir() if f.name.startswith(view) and not f.name.startswith(others))
         found.append(sorted(f for f in files if f.suffix.lower() in (".jpg", ".jpeg", ".png")))
     counts = {view: len(files) for view, files in zip(VIEWS, found)}
-    if 0 in counts.values() or len(set(counts.values())) > 1:
-        raise UserError(f"{folder} must hold equally many images for each camera, it holds {counts}; see mila generate --help")
+    missing = [view for view, count in counts.items() if not count]
+    if missing:
+        raise UserError(f"--frames={folder} has no images of {', '.join(missing)}; it wants {missing[0]}/*.jpg or {missing[0]}*.jpg for each camera")
+    if len(set(counts.values())) > 1:
+        raise UserError(f"--frames={folder} must hold equally many images for each camera, it holds {counts}")
     height, width = image_size
+    sizes = [_image_size(f) for files in found for f in files]
+    for file, size in zip((f for files in found for f in files), sizes):
+        if size != sizes[0]:
+            raise UserError(f"--frames: {file} is {size[0]}×{size[1]} pixels, the others are {sizes[0][0]}×{sizes[0][1]}; give first frames of one size")
+    if abs(sizes[0][1] / sizes[0][0] / (height / width) - 1) > ASPECT:
+        raise UserError(f"--frames: images of {sizes[0][0]}×{sizes[0][1]} pixels have other proportions than the model's {width}×{height}; crop them")
     return np.stack([np.stack([load_image(f, height, width) for f in files]) for files in found])
+
+
+def _image_size(path) -> tuple[int, int]:
+    """(width, height) of an image file; `UserError` if it is none."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"--frames: {path} is not a readable image ({error}); replace the file") from None
 
 
 def from_folder(folder, codec, text_encoder, image_size, given: int, text: str) -> "Start":
@@ -106,21 +139,29 @@ def frame_count(seconds: float, least: int = 1) -> int:
 
 
 def covering(trajectory: Trajectory, seconds: float, source: str) -> Trajectory:
-    """The trajectory itself. Raises `UserError` naming its `source` if it ends before the video does."""
-    if trajectory.times[-1] < seconds - HALF_FRAME:
-        raise UserError(f"{source} ends at {trajectory.times[-1]:g} s, before the video of {seconds:g} s; lower --seconds or give longer --waypoints")
+    """The trajectory itself. Raises `UserError` naming its `source` if it begins after time 0 or ends before the video does."""
+    first, last = trajectory.times[[0, -1]]
+    if first > HALF_FRAME:
+        raise UserError(f"{source} begins at t = {first:g} s; waypoints must reach back to t = 0, the last given frame")
+    if last < seconds - HALF_FRAME:
+        raise UserError(f"{source} ends at {last:g} s, before the video of --seconds={seconds:g}; lower --seconds or give longer --waypoints")
     return trajectory
 
 
 def choose_trajectory(name: str | None, start: Start, seconds: float, speed: float, from_data: bool) -> Trajectory:
     """The trajectory that `--waypoints` names; `from_data`: the start has a recorded one.
 
-    Raises `UserError` for an unknown name and for a file that ends before the video.
+    none: straight on at the speed so far (`--speed` where nothing is recorded). Raises `UserError` for an unknown name, for a file that
+    does not reach from 0 to the end of the video, and for one that no car can drive.
     """
+    if not 0 <= speed <= FASTEST:
+        raise UserError(f"--speed={speed:g} must lie between 0 and {FASTEST:g} m/s")
     if name in (None, "scene"):
         if not from_data:
-            raise UserError(f"--waypoints must be given with --frames: a .csv or .json file, or one of {', '.join(MANOEUVRES)}")
-        return covering(start.trajectory, seconds, "the scene's recorded drive")
+            raise UserError(f"--waypoints must be given with --frames: a .csv or .json file, none, or one of {', '.join(MANOEUVRES)}")
+        return covering(check_driveable(start.trajectory, "the scene's recorded drive"), seconds, "the scene's recorded drive")
+    if name == "none":
+        return coasting(start.trajectory) if from_data else manoeuvre("straight", seconds + 10, speed)
     if name.endswith((".csv", ".json")):
-        return covering(read_trajectory(name), seconds, name)
+        return covering(check_driveable(read_trajectory(name), f"--waypoints={name}"), seconds, f"--waypoints={name}")
     return manoeuvre(name, seconds + 10, speed)

@@ -12,6 +12,9 @@ from mila_jax.geometry import relative_waypoints
 
 MANOEUVRES = ("straight", "left", "right", "stop")
 COLUMNS = ("t", "x", "y", "yaw")
+FASTEST = 60.0  # m/s
+QUICKEST_TURN = 2.0  # rad/s; cars turn at most half as fast
+WIDEST_GAP = 1.0  # seconds; evenly wide steps may be wider, what lies between is a straight line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,38 @@ def manoeuvre(name: str, seconds: float, speed: float = 8.0) -> Trajectory:
     x, y = np.cumsum(v * np.cos(yaw)) * dt, np.cumsum(v * np.sin(yaw)) * dt
     zero = int(np.argmin(np.abs(times)))
     return Trajectory(times - times[zero], np.stack([x - x[zero], y - y[zero], yaw - yaw[zero]], -1))
+
+
+def coasting(trajectory: Trajectory) -> Trajectory:
+    """What a trajectory tells up to time 0 and no further: from there on straight, at the speed and turning rate of its last step."""
+    past = trajectory.at([-1 / 12, 0.0])
+    return Trajectory(np.array([-1 / 12, 0.0]), past)
+
+
+def check_driveable(trajectory: Trajectory, source: str) -> Trajectory:
+    """The trajectory itself. Raises `UserError` naming `source`, time and column for gaps, and for motion that betrays wrong units."""
+    times, poses = trajectory.times, trajectory.poses
+    steps = np.diff(times)
+    if not len(steps):
+        return trajectory
+    gaps = np.flatnonzero(steps > max(WIDEST_GAP, 2.5 * np.median(steps)))
+    if len(gaps):
+        at = gaps[0]
+        raise UserError(f"{source} has a gap in t from {times[at]:g} to {times[at + 1]:g} s, elsewhere it has a pose every {np.median(steps):.3g} s; fill it")
+    speed = np.linalg.norm(np.diff(poses[:, :2], axis=0), axis=1) / steps
+    fast = np.flatnonzero(speed > FASTEST)
+    if len(fast):
+        at = fast[0]
+        raise UserError(
+            f"{source} has x, y that move at {speed[at]:.0f} m/s from t = {times[at]:g} to {times[at + 1]:g} s (at most {FASTEST:g}); "
+            "t is in seconds, x and y are in metres"
+        )
+    turning = np.abs(np.diff(np.unwrap(poses[:, 2]))) / steps
+    quick = np.flatnonzero(turning > QUICKEST_TURN)
+    if len(quick):
+        at = quick[0]
+        raise UserError(f"{source} has a yaw that turns by {turning[at]:.1f} rad/s from t = {times[at]:g} to {times[at + 1]:g} s; yaw is in radians")
+    return trajectory
 
 
 def read_trajectory(path) -> Trajectory:

@@ -9,7 +9,9 @@ from mila_jax.errors import UserError
 from mila_jax.flow.anchors import renoise
 from mila_jax.flow.plan import STRATEGIES, plan_rollout
 from mila_jax.flow.rectified_flow import align
-from mila_jax.flow.rollout import SamplerOptions, continue_video, rollout, scan_stage, start_window, window_keys
+from mila_jax.flow.rollout import (
+    SamplerOptions, advance, after_window, collect, make_rows, make_tables, new_frames, pad_rows, rollout, start_state, start_window, window_keys,
+)  # fmt: skip
 from mila_jax.flow.sampler import noise_like, sample_window
 from tests.flow_oracles import QUICK
 
@@ -48,12 +50,20 @@ def knowing(latents, levels, conditions):
     return (target - latents) / align(jnp.maximum(levels, 1e-6), latents)
 
 
-def _run(velocity, plan, *, key=0, options=OPTIONS, first=None, batch=B):
+def _rows(plan, batch=B):
+    return make_rows(plan, {stage: _conditions(windows, batch) for stage, windows in plan.stages.items()})
+
+
+def _row(rows, number):
+    return jax.tree.map(lambda leaf: leaf[number], rows)
+
+
+def _run(velocity, plan, *, key=0, options=OPTIONS, first=None, batch=B, anchors=None):
     first = _truth(np.arange(1 - plan.given, 1))[:batch] if first is None else first
     coarse, refine, bootstrap = (_conditions(stage, batch) for stage in (plan.coarse, plan.refine, plan.bootstrap))
 
     def generate(first, key):
-        return rollout(velocity, first, plan, coarse, refine, key, options, bootstrap_conditions=bootstrap)
+        return rollout(velocity, first, plan, coarse, refine, key, options, bootstrap_conditions=bootstrap, anchors=anchors)
 
     return jax.jit(generate, compiler_options=QUICK)(first, jax.random.key(key))
 
@@ -121,7 +131,7 @@ def test_anchors_enter_re_noised():
     plan, key = plan_rollout(18, window=8, conditioning=2), jax.random.key(0)
     video = _run(lambda latents, *_: jnp.zeros_like(latents), plan)  # what goes in comes out
     for number in range(3):
-        noise = noise_like(window_keys(key, B, "refine", number), (B, V, 6, H, W, C))
+        noise = noise_like(window_keys(key, B, "refine", number), (B, V, 8, H, W, C))[:, :, 2:]
         expected, level = renoise(video.anchors[:, :, number], OPTIONS.sigma_a, OPTIONS.a, noise[:, :, -1])
         assert float(level) == np.float32(OPTIONS.sigma_a)
         np.testing.assert_allclose(video.corrected[:, :, number], expected, atol=1e-6)
@@ -138,7 +148,7 @@ def test_plain_cases_are_exactly_plain():
     recurrent = _run(continuing, plan_rollout(20, strategy="recurrent", **sizes), options=options)
     assert jnp.array_equal(anchored.latents, recurrent.latents)
     plan = plan_rollout(6, strategy="recurrent", **sizes)
-    noise = noise_like(window_keys(jax.random.key(0), B, "refine", 0), (B, V, 6, H, W, C))
+    noise = noise_like(window_keys(jax.random.key(0), B, "refine", 0), (B, V, 8, H, W, C))[:, :, 2:]
     x = jnp.concatenate([_truth([-1, 0]), noise], axis=2)
     rows = np.linspace(1, 0, 4)[:, None] * (np.arange(8) >= 2)
     conditions = jax.tree.map(lambda leaf: leaf[0], _conditions(plan.refine))
@@ -151,44 +161,99 @@ def _restless(latents, levels, conditions):
     return 0.3 * latents + 0.1 * latents.mean(axis=2, keepdims=True) + align(levels, latents) * 0.2
 
 
-def test_same_seed_same_video_for_any_batch_and_from_the_host():
+def test_same_seed_same_video_for_any_batch():
     plan = plan_rollout(20, window=8, conditioning=2)
     video = _run(_restless, plan, key=3)
     assert jnp.array_equal(video.latents, _run(_restless, plan, key=3).latents)
     assert not jnp.allclose(video.latents, _run(_restless, plan, key=4).latents, atol=1e-3)
     np.testing.assert_allclose(_run(_restless, plan, key=3, batch=1).latents, video.latents[:1], atol=1e-6)
-    conditions, parts = _conditions(plan.refine), []
-    context = jnp.asarray(_truth([-1, 0]))
-    step = jax.jit(lambda *arguments: continue_video(_restless, *arguments, windows=plan.refine, options=OPTIONS), compiler_options=QUICK)
-    for number in range(plan.refine.count):
-        here = jax.tree.map(lambda leaf: leaf[number], conditions)
-        context, new = step(context, video.anchors[:, :, number], here, window_keys(jax.random.key(3), B, "refine", number))
-        parts.append(new)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=2)[:, :, :20], video.latents, atol=1e-5)
 
 
-def test_the_network_is_compiled_once_per_stage_whatever_the_length():
+@pytest.mark.parametrize("strategy, given, stride", [("coarse_to_refine", 2, 6), ("coarse_to_refine", 1, 12), ("divide_and_conquer", 2, 6), ("recurrent", 1, 6)])
+def test_streaming_resuming_and_one_call_give_the_same_bits(strategy, given, stride):
+    """Window by window with a donated state, several at a time, and from windows kept by an interrupted run."""
+    plan = plan_rollout(40, window=8, conditioning=2, given=given, strategy=strategy, anchor_stride=stride)
+    rows, tables, key = _rows(plan), make_tables(plan, OPTIONS), jax.random.key(5)
+    step = jax.jit(lambda *arguments: advance(_restless, *arguments), donate_argnums=0, compiler_options=QUICK)
+    first = _truth(np.arange(1 - given, 1))
+    whole = np.asarray(step(start_state(first, plan), pad_rows(rows, 32), tables, key, plan.windows)[1])
+    assert not whole[plan.windows:].any()
+    for size in (1, 3):
+        state, parts = start_state(first, plan), []
+        for begin in range(0, plan.windows, size):
+            count = min(size, plan.windows - begin)
+            state, windows = step(state, pad_rows(jax.tree.map(lambda leaf: leaf[begin:begin + count], rows), size), tables, key, count)
+            parts.append(np.asarray(windows)[:count])
+        assert np.array_equal(np.concatenate(parts), whole[:plan.windows])
+    state = start_state(first, plan)
+    for number in range(5):
+        state = after_window(state, _row(rows, number), whole[number])
+    for number in range(5, plan.windows):
+        state, window = step(state, jax.tree.map(lambda leaf: leaf[number:number + 1], rows), tables, key, 1)
+        assert np.array_equal(window[0], whole[number])
+    video = collect(plan, whole[:plan.windows])
+    streamed = np.concatenate([new_frames(plan, kind, window) for kind, window in zip(rows.kind, whole)], axis=2)
+    assert np.array_equal(streamed[:, :, :40], video.latents)
+    np.testing.assert_allclose(_run(_restless, plan, key=5, first=first).latents, video.latents, atol=1e-5)
+
+
+def test_one_program_whatever_the_length_strategy_and_noise():
     calls = []
 
     def counting(latents, levels, conditions):
         calls.append(latents.shape)
         return _restless(latents, levels, conditions)
 
-    for frames in (12, 90):
-        calls.clear()
-        _run(counting, plan_rollout(frames, window=8, conditioning=2, given=1))
-        assert calls == [(B, V, 8, H, W, C)] * 3  # bootstrap, coarse, refine
+    step = jax.jit(lambda *arguments: advance(counting, *arguments), donate_argnums=0, compiler_options=QUICK)
+    traced = None
+    for frames, strategy, options in [(12, "coarse_to_refine", OPTIONS), (720, "recurrent", OPTIONS), (90, "divide_and_conquer", SamplerOptions(3, alpha=0.0, shift=2.0))]:
+        plan = plan_rollout(frames, window=8, conditioning=2, given=1, strategy=strategy)
+        step(start_state(_truth([0]), plan), jax.tree.map(lambda leaf: leaf[:1], _rows(plan)), make_tables(plan, options), jax.random.key(0), 1)
+        traced = traced or len(calls)
+    assert len(calls) == traced and set(calls) == {(B, V, 8, H, W, C)}
 
 
-def test_scan_stage_without_anchors_returns_context():
-    plan = plan_rollout(12, window=8, conditioning=2, strategy="recurrent")
-    conditions = _conditions(plan.refine)
-    run = jax.jit(
-        lambda first, key: scan_stage(continuing, first, None, conditions, key, stage="refine", windows=plan.refine, options=OPTIONS),
-        compiler_options=QUICK,
-    )
-    context, new = run(_truth([-1, 0]), jax.random.key(0))
-    assert new.shape[2] == 12 and jnp.array_equal(context, new[:, :, -2:])
+def test_memory_of_the_program_does_not_grow_with_length():
+    """All windows in one call: what grows is the latents that come out and the conditions that go in."""
+    shape = (1, 2, 2, 8, 14, 8)
+
+    def sizes(frames):
+        plan = plan_rollout(frames, window=8, conditioning=2)
+        rows, tables = _rows(plan, 1), make_tables(plan, OPTIONS)
+        step = jax.jit(lambda *arguments: advance(_restless, *arguments), donate_argnums=0, compiler_options=QUICK)
+        lowered = step.lower(start_state(jnp.zeros(shape), plan), rows, tables, jax.random.key(0), plan.windows)
+        return len(lowered.as_text()), lowered.compile().memory_analysis()
+
+    (short_text, short), (long_text, long) = sizes(120), sizes(720)
+    assert abs(long.temp_size_in_bytes - short.temp_size_in_bytes) <= 0.02 * short.temp_size_in_bytes
+    assert abs(long_text - short_text) < 0.02 * short_text  # nothing is unrolled
+    state = 4 * np.prod(shape) * 2 + 4 * 128 * np.prod(shape) // 2
+    assert short.alias_size_in_bytes >= state and long.alias_size_in_bytes == short.alias_size_in_bytes  # the state is donated
+    assert long.output_size_in_bytes - short.output_size_in_bytes == (140 - 24) * 4 * np.prod(shape) * 4
+
+
+def test_given_anchors_take_the_place_of_the_coarse_stage():
+    plan = plan_rollout(18, window=8, conditioning=2)
+    truth = _truth([6, 12, 18])
+    video = _run(knowing, plan, anchors=truth)
+    assert np.array_equal(video.anchors, truth)
+    np.testing.assert_allclose(video.latents, _truth(np.arange(1, 19)), atol=1e-3)
+    own = _run(_restless, plan)
+    assert jnp.array_equal(own.latents, _run(_restless, plan, anchors=np.asarray(own.anchors)).latents)
+    with pytest.raises(UserError, match="3 anchors"):
+        _run(knowing, plan, anchors=truth[:, :, :2])
+
+
+def test_sparse_anchors():
+    """Anchors every two windows: windows between them go on plainly."""
+    plan = plan_rollout(40, window=8, conditioning=2, anchor_stride=12)
+    assert plan.refine.anchored.tolist() == [False, True] * 3 + [False] and plan.anchors == 3
+    assert plan.coarse.indices.tolist() == [[-1, 0, 12, 24, 36, 48, 60, 72]] and plan.coarse.fps == 1
+    assert plan.refine.clean_mask.sum(axis=1).tolist() == [2] * 7 and plan.refine.indices[plan.refine.anchored, -1].tolist() == [12, 24, 36]
+    video = _run(knowing, plan)
+    np.testing.assert_allclose(video.anchors, _truth([12, 24, 36]) + WRONG, atol=1e-3)
+    np.testing.assert_allclose(video.latents, _truth(np.arange(1, 41)), atol=1e-3)
+    assert plan_rollout(10, window=8, conditioning=2, anchor_stride=18).coarse is None  # ends before the first anchor
 
 
 def test_plan_of_the_embedded_model():
@@ -200,7 +265,7 @@ def test_plan_of_the_embedded_model():
     np.testing.assert_allclose(plan.coarse.frame_times[0], [-1 / 12, 0, 0.5, 1, 1.5, 2, 2.5, 3])
     np.testing.assert_allclose(plan.coarse.frame_times[1], [-0.5, 0, 0.5, 1, 1.5, 2, 2.5, 3])
     np.testing.assert_allclose(plan.refine.times[1], np.arange(5, 13) / 12)
-    assert plan.refine.clean_mask.shape == (7, 8) and plan.refine.clean.tolist() == [True] * 2 + [False] * 6
+    assert plan.windows == 9 and plan.refine.clean_mask.shape == (7, 8) and plan.refine.clean.tolist() == [True] * 2 + [False] * 6
     assert (plan.refine.anchor, plan.refine.kept_anchor) == (7, None) and list(plan.stages) == ["coarse", "refine"]
     kept = plan_rollout(40, window=8, conditioning=2, strategy="divide_and_conquer").refine
     assert (kept.anchor, kept.kept_anchor) == (None, 7) and kept.clean.tolist() == [True] * 2 + [False] * 5 + [True]
@@ -212,7 +277,7 @@ def test_plan_of_the_embedded_model():
 
 @pytest.mark.parametrize("bad, word", [
     ({"strategy": "magic"}, "coarse_to_refine"),
-    ({"anchor_stride": 5}, "set anchor_stride = 6"),
+    ({"anchor_stride": 9}, "set anchor_stride = 6"),
     ({"conditioning": 8}, "window"),
     ({"conditioning": 0}, "conditioning"),
     ({"frames": 0}, "frames"),
@@ -239,10 +304,11 @@ def test_options_and_inputs_are_checked():
 
 def test_temperature_scales_what_frames_start_from_but_not_the_noise_of_anchors():
     plan = plan_rollout(6, window=8, conditioning=2, given=2)
-    context, anchor = jnp.asarray(_truth([-1, 0])), jnp.asarray(_truth([6])[:, :, 0])
+    state, row = start_state(_truth([-1, 0]), plan, _truth([6])), _row(_rows(plan), 1)
     keys = window_keys(jax.random.key(0), B, "refine", 0)
-    full, half = (start_window(context, anchor, plan.refine, SamplerOptions(steps=3, temperature=t), keys) for t in (1.0, 0.5))
+    full, half = (start_window(state, row, make_tables(plan, SamplerOptions(steps=3, temperature=t)), keys) for t in (1.0, 0.5))
     assert jnp.array_equal(full[:, :, :2], half[:, :, :2]) and jnp.array_equal(full[:, :, -1], half[:, :, -1])
+    assert jnp.array_equal(full[:, :, :2], state.context)
     np.testing.assert_allclose(half[:, :, 2:-1], 0.5 * full[:, :, 2:-1], rtol=1e-6)
     for wrong in (-0.1, 1.5):
         with pytest.raises(UserError, match="generate.temperature"):

@@ -15,6 +15,7 @@ from data_pipeline.records import read_index
 from mila_jax import cli, generate
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
+from mila_jax.flow.rollout import collect
 from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
 from mila_jax.start import from_scene
@@ -82,6 +83,118 @@ def test_other_strategies(trained, strategy):
     assert result.latents.shape[2] == 7 and np.isfinite(result.latents).all()
 
 
+def test_streaming_gives_the_bits_of_one_call(trained):
+    config, name = trained
+    start, _ = from_scene(read_scene(config.data.dir, name), 1.0, 2)
+    generator = generate.Generator(load_model(config.generate.weights), config)
+    video, plan = generator([start], 20, seed=3)
+    job = generator.job([start], 20, seed=3)
+    windows = list(generator.stream(job))
+    streamed = collect(plan, np.stack(windows))
+    assert len(windows) == job.windows == plan.windows == 5
+    assert np.array_equal(streamed.latents, video.latents) and np.array_equal(streamed.corrected, video.corrected)
+    resumed = list(generator.stream(job, iter(windows[:3])))
+    assert all(np.array_equal(a, b) for a, b in zip(resumed, windows, strict=True))
+    several = config.copy_and_resolve_references()
+    several.generate.windows_per_call = 2
+    assert all(np.array_equal(a, b) for a, b in zip(generator.with_config(several).stream(job), windows, strict=True))
+    recurrent = config.copy_and_resolve_references()
+    recurrent.generate.strategy, recurrent.window.tpd_strength, recurrent.generate.shift = "recurrent", 0.0, 0.0
+    programs = generator._advance._cache_size()
+    other = generator.with_config(recurrent)
+    assert len(list(other.stream(other.job([start], 40)))) == 7 and generator._advance._cache_size() == programs  # nothing was compiled
+    assert other.options.shift == pytest.approx(np.sqrt(32 * 48 / 512**2 * 8))
+    with pytest.raises(ValueError, match="guidance"):
+        recurrent.generate.guidance_text = 2.0
+        generator.with_config(recurrent)
+
+
+def test_peak_memory_of_ten_seconds_and_a_minute(trained):
+    config, name = trained
+    start, _ = from_scene(read_scene(config.data.dir, name), 1.0, 2)
+    generator = generate.Generator(load_model(config.generate.weights), config)
+    jobs = [generator.job([start], frames) for frames in (120, 720)]
+    short, long = (generator.lower(job).compile().memory_analysis() for job in jobs)
+    assert abs(long.temp_size_in_bytes - short.temp_size_in_bytes) <= 0.02 * short.temp_size_in_bytes
+    grown = long.output_size_in_bytes - short.output_size_in_bytes
+    latents = (jobs[1].windows - jobs[0].windows) * 6 * 8 * int(np.prod(generator.model.data["latent_shape"])) * 4
+    assert grown == latents  # the windows that come out, nothing else
+
+
+def test_sizes_of_windows_are_the_models_unless_generation_asks_for_others(trained):
+    config, name = trained
+    model = load_model(config.generate.weights)
+    asked = config.copy_and_resolve_references()
+    asked.window.frames = 99
+    assert generate.window_settings(model, asked).window.frames == 8
+    asked.generate.update(window=10, conditioning=4)
+    sizes = generate.window_settings(model, asked).window
+    assert (sizes.frames, sizes.conditioning, sizes.anchor_stride) == (10, 4, 6)
+    start, _ = from_scene(read_scene(config.data.dir, name), 1.0, 4)
+    generator = generate.Generator(model, generate.window_settings(model, asked))
+    video, plan = generator([start], 8)
+    assert video.latents.shape[2] == 8 and np.isfinite(video.latents).all() and plan.refine.indices.shape == (2, 10)
+    with pytest.raises(UserError, match="first_latents"):
+        generator.job([dataclasses.replace(start, first_latents=start.first_latents[:, :, 1:])], 8)
+    asked.generate.jdc = False
+    assert generate.make_plan(generate.window_settings(model, asked), 8, 4).strategy == "divide_and_conquer"
+    asked.generate.conditioning = -1
+    with pytest.raises(UserError, match="generate.conditioning"):
+        generate.window_settings(model, asked)
+
+
+def test_guidance_in_one_pass_or_in_turn(trained):
+    config, name = trained
+    start, _ = from_scene(read_scene(config.data.dir, name), 1.0, 2)
+    model, videos = load_model(config.generate.weights), []
+    for batched in (True, False):
+        c = config.copy_and_resolve_references()
+        c.generate.update(guidance_text=2.0, guidance_waypoints=3.0, guidance_batched=batched, strategy="recurrent")
+        videos.append(generate.Generator(model, c)([start], 6)[0].latents)
+    np.testing.assert_allclose(*videos, atol=2e-4)
+
+
+def test_interrupted_generation_goes_on_at_the_last_finished_window(trained, tmp_path, capsys, monkeypatch):
+    config, name = trained
+    arguments = ["generate", f"--data={config.data.dir}", f"--scene={name}", "--seconds=2"]
+    assert run(config, *arguments, f"--out={tmp_path}/whole") == 0
+    stream, made = generate.Generator.stream, []
+
+    def interrupted(self, job, finished=()):
+        for number, window in enumerate(stream(self, job, finished)):
+            if number == 3 and not made:
+                made.append(number)
+                raise KeyboardInterrupt
+            yield window
+
+    monkeypatch.setattr(generate.Generator, "stream", interrupted)
+    assert run(config, *arguments, f"--out={tmp_path}/cut") == 130
+    kept = tmp_path / "cut" / "unfinished"
+    assert len(list(kept.glob("window-*.npy"))) == 3 and not (tmp_path / "cut" / "video.mp4").exists()
+    capsys.readouterr()
+    assert run(config, *arguments, f"--out={tmp_path}/cut", "--seed=1") == 2
+    assert "seed (0 then, 1 now)" in capsys.readouterr().err
+    (kept / "window-00002.npy").write_bytes(b"cut off")
+    assert run(config, *arguments, f"--out={tmp_path}/cut") == 0
+    assert json.loads((tmp_path / "cut" / "generate.json").read_text())["windows_resumed"] == 2
+    assert not kept.exists()
+    with np.load(tmp_path / "cut" / "latents.npz") as cut, np.load(tmp_path / "whole" / "latents.npz") as whole:
+        assert cut["anchors"].shape[:2] == (6, 4)
+        assert all(np.array_equal(cut[key], whole[key]) for key in whole.files)
+    assert read_video(tmp_path / "cut" / "video.mp4")[0].shape == read_video(tmp_path / "whole" / "video.mp4")[0].shape
+
+
+def test_explain(trained, tmp_path, capsys):
+    config, name = trained
+    arguments = ["generate", f"--data={config.data.dir}", f"--scene={name}", "--seconds=2", "--explain", "--config.generate.anchor_stride=12"]
+    assert run(config, *arguments, f"--out={tmp_path}/e") == 0
+    text = capsys.readouterr().out
+    assert "24 frames at 12 Hz in 5 windows" in text and "coarse   1     1  -1 0 | 12 24 36 48 60 72" in text and "7 8 9 10 11 12*" in text.replace("5 6 | ", "")
+    with Image.open(tmp_path / "e" / "schedule.png") as picture:
+        assert picture.width > 3 * 8 * 30
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["schedule.png"]
+
+
 def test_from_a_data_set(trained, tmp_path, capsys):
     config, name = trained
     arguments = ["generate", f"--data={config.data.dir}", f"--scene={name}", "--seconds=1", f"--out={tmp_path}", "--per-view"]
@@ -118,16 +231,27 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.csv").write_text("t,x,y,yaw\n0,0,0,0\n1,5,0,0\n")
+    (tmp_path / "fast.csv").write_text("t,x,y,yaw\n0,0,0,0\n10,5000,0,0\n")
+    for folder in ("sizes", "shape", "lack"):
+        (tmp_path / folder).mkdir()
+        for number, view in enumerate(VIEWS[: 5 if folder == "lack" else 6]):
+            size = {"sizes": (48 + number, 32), "shape": (48, 48), "lack": (48, 32)}[folder]
+            Image.new("RGB", size).save(tmp_path / folder / f"{view}.png")
     cases = {
         "no scene 'nowhere'": ["generate", data, "--scene=nowhere", out],
         "--start": ["generate", data, f"--scene={name}", "--start=99", out],
         "is not a folder": ["generate", f"--frames={tmp_path}/none", "--waypoints=stop", out],
         "CAM_FRONT": ["generate", f"--frames={tmp_path}/empty", "--waypoints=stop", out],
         "sideways": ["generate", data, f"--scene={name}", "--waypoints=sideways", out],
-        "short.csv ends at 1": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/short.csv", out],
+        "short.csv ends at 1 s": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/short.csv", out],
         "cannot write to": ["generate", data, f"--scene={name}", f"--out={tmp_path}/file/x"],
         "--seconds=0 must": ["generate", data, f"--scene={name}", "--seconds=0", out],
         "--seconds=nan must": ["generate", data, f"--scene={name}", "--seconds=nan", out],
+        "fast.csv has x, y that move at 500 m/s": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/fast.csv", out],
+        "--speed=90": ["generate", data, f"--scene={name}", "--waypoints=left", "--speed=90", out],
+        "CAM_FRONT.png is 49×32": ["generate", f"--frames={tmp_path}/sizes", "--waypoints=stop", out],
+        "other proportions": ["generate", f"--frames={tmp_path}/shape", "--waypoints=stop", out],
+        "no images of CAM_BACK_LEFT": ["generate", f"--frames={tmp_path}/lack", "--waypoints=stop", out],
         "recorded drive ends": ["generate", data, f"--scene={name}", "--seconds=60", out],
     }
     for message, arguments in cases.items():

@@ -7,7 +7,7 @@ import pytest
 
 from mila_jax.errors import UserError
 from mila_jax.geometry import yaw_quaternion
-from mila_jax.trajectory import Trajectory, from_poses, manoeuvre, read_trajectory
+from mila_jax.trajectory import Trajectory, check_driveable, coasting, from_poses, manoeuvre, read_trajectory
 
 
 def test_waypoints_are_in_the_frame_of_the_reference():
@@ -66,3 +66,30 @@ def test_bad_files_name_file_and_row(tmp_path, text, match):
     assert "bad.csv" in str(error.value)
     with pytest.raises(UserError, match="none.json"):
         read_trajectory(tmp_path / "none.json")
+
+
+def _drive(times, poses):
+    return check_driveable(Trajectory(np.array(times, float), np.array(poses, float)), "drive.csv")
+
+
+def test_motion_that_no_car_can_drive_names_what_is_wrong():
+    straight = np.stack([np.arange(10) * 4.0, np.zeros(10), np.zeros(10)], -1)
+    half = np.arange(10) * 0.5
+    assert len(_drive(half, straight).times) == 10
+    _drive([0, 30], [[0, 0, 0], [200, 0, 0]])  # evenly wide steps are no gap
+    for times, poses, match in [
+        (half * 1e-3, straight, "8000 m/s from t = 0 to 0.0005 s .* seconds"),
+        (np.delete(half, [3, 4, 5]), np.delete(straight, [3, 4, 5], 0), "gap in t from 1 to 3 s"),
+        (half, straight * 1000, "metres"),
+        (half, straight + np.arange(10)[:, None] * [0, 0, 5.0], "yaw is in radians"),
+    ]:
+        with pytest.raises(UserError, match=match) as error:
+            _drive(times, poses)
+        assert "drive.csv" in str(error.value)
+
+
+def test_coasting_knows_nothing_of_the_future():
+    turning = manoeuvre("left", 10.0, speed=8.0)
+    ahead = coasting(turning)
+    np.testing.assert_allclose(ahead.at(4.0), [32, 0, 0], atol=0.1)
+    assert np.abs(turning.at(4.0) - ahead.at(4.0)).max() > 1

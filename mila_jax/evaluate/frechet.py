@@ -49,19 +49,31 @@ def frechet_distance_of_gaussians(mean_a, covariance_a, mean_b, covariance_b):
     return _distance(means[0], factors[0], means[1], factors[1])
 
 
+def _fitted(features):
+    features = _checked(features)
+    mean = features.mean(0)
+    centred = (features - mean) / np.sqrt(len(features) - 1)
+    # The R of a QR decomposition has the same Gram matrix and no more than d rows.
+    return mean, np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred
+
+
 def frechet_distance(features_a, features_b):
     """Fréchet distance of the Gaussians fitted to two sets of features [n, d] and [m, d]; exact for n or m below d too.
 
     Raises `ValueError` for fewer than two vectors in a set or non-finite values.
     """
-    means, factors = [], []
-    for features in (_checked(features_a), _checked(features_b)):
-        mean = features.mean(0)
-        centred = (features - mean) / np.sqrt(len(features) - 1)
-        means.append(mean)
-        # The R of a QR decomposition has the same Gram matrix and no more than d rows.
-        factors.append(np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred)
-    return _distance(means[0], factors[0], means[1], factors[1])
+    return _distance(*_fitted(features_a), *_fitted(features_b))
+
+
+class Reference:
+    """One set of features [m, d] that many others are compared with: its part of the work is done once."""
+
+    def __init__(self, features):
+        self._fitted = _fitted(features)
+
+    def distance(self, features):
+        """`frechet_distance` of features [n, d] to the reference."""
+        return _distance(*_fitted(features), *self._fitted)
 
 
 def kernel_distance(features_a, features_b):

@@ -79,12 +79,12 @@ def six_view_picture(views, scale=1.0, labels=False):
     return np.concatenate(rows, 0)
 
 
-def write_view(path, frames, fps, scale=1.0, crf=18):
-    """Writes one video.
+@contextlib.contextmanager
+def view_writer(path, fps, scale=1.0, crf=18):
+    """Gives a function that adds one frame, uint8 [H, W, 3], to a video; the file is there when the block has ended.
 
-    path: .mp4 file. frames: iterable of (or array) uint8 [H, W, 3]; odd sizes are filled up to even ones, as the codec needs.
-    fps: frames per second. scale: enlargement. crf: H.264 quality, lower is better. Returns the number of frames. Raises
-    `UserError` if the path cannot be written or there are no frames.
+    path: .mp4 file. Odd sizes are filled up to even ones, as the codec needs. fps: frames per second. scale: enlargement. crf: H.264
+    quality, lower is better. Raises `UserError` if the path cannot be written or there are no frames.
     """
     count = 0
     try:
@@ -92,18 +92,30 @@ def write_view(path, frames, fps, scale=1.0, crf=18):
             stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(10000))
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": str(crf), "preset": "veryfast"}
-            for frame in frames:
+
+            def add(frame):
+                nonlocal count
                 picture = np.asarray(_scaled(Image.fromarray(np.ascontiguousarray(frame)), scale))
                 picture = np.pad(picture, ((0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)), "edge")
                 if not count:
                     stream.height, stream.width = picture.shape[:2]
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
                 count += 1
+
+            yield add
             if not count:
                 raise UserError(f"{path}: the video would have no frames; ask for a positive length")
             container.mux(stream.encode())
     except av.error.FFmpegError as error:
         raise UserError(f"{path}: the video could not be written ({error}); run `mila doctor` to check the H.264 encoder") from error
+
+
+def write_view(path, frames, fps, scale=1.0, crf=18):
+    """Writes one video of `frames`, an iterable of (or array) uint8 [H, W, 3]; the rest as in `view_writer`. Returns their number."""
+    count = 0
+    with view_writer(path, fps, scale, crf) as add:
+        for count, frame in enumerate(frames, 1):
+            add(frame)
     return count
 
 

@@ -6,8 +6,9 @@ Frames are numbered at the video's rate, 0 = the last given frame; numbers ≤ 0
   what it generates is the start of the video.
 - coarse (strategies with anchors): windows [N conditioning frames, S = T − N anchors, M frames apart]. Later coarse windows
   condition on the last N frames of the one before, which are anchors: their times, M frames apart, are in the plan.
-- refine: windows [last N frames of the video, T − N new frames]; with anchors T − N = M, so the last new frame is an anchor:
-  noisy and corrected (coarse_to_refine) or kept as it is (divide_and_conquer). Without anchors (recurrent) it is plain continuation.
+- refine: windows [last N frames of the video, T − N new frames]. M is a multiple of T − N, so the last new frame of every
+  M/(T − N)-th window is an anchor: noisy and corrected (coarse_to_refine) or kept as it is (divide_and_conquer). The other windows
+  (all of them without anchors, recurrent) are plain continuation.
 
 Coarse-to-(re)fine thus is the recurrent strategy plus an anchor at the end of each window; a corrected anchor is part of the
 video and the last conditioning frame of the next window.
@@ -26,10 +27,10 @@ STRATEGIES = ("recurrent", "divide_and_conquer", "coarse_to_refine")
 class Windows:
     """All windows of one stage, of one shape.
 
-    `indices [W, T]`: frame numbers; `clean [T]` bool: frames not denoised (kept anchors included), the same in all windows;
-    `conditioning`: clean first frames; `anchor`: position of the noisy tail anchor or None; `kept_anchor`: position of a tail
-    anchor that stays as it is, or None; `fps`: rate of the generated frames (what the network's fps input is told);
-    `video_fps`: rate that `indices` count in.
+    `indices [W, T]`: frame numbers; `clean [T]` bool: frames not denoised (kept anchors included) in windows with an anchor, or in all
+    if there are none; `conditioning`: clean first frames; `anchor`: position of the noisy tail anchor or None; `kept_anchor`: position
+    of a tail anchor that stays as it is, or None; `fps`: rate of the generated frames (what the network's fps input is told);
+    `video_fps`: rate that `indices` count in; `every`: each so-many-th window has the anchor.
     """
 
     indices: np.ndarray
@@ -39,6 +40,7 @@ class Windows:
     kept_anchor: int | None
     fps: float
     video_fps: float
+    every: int = 1
 
     @property
     def count(self) -> int:
@@ -46,9 +48,20 @@ class Windows:
         return len(self.indices)
 
     @property
+    def anchored(self) -> np.ndarray:
+        """`[W]` bool: windows that end in an anchor."""
+        has = self.anchor is not None or self.kept_anchor is not None
+        return has & ((np.arange(self.count) + 1) % self.every == 0)
+
+    @property
+    def plain(self) -> "Windows":
+        """The same windows without anchors."""
+        return dataclasses.replace(self, clean=np.arange(len(self.clean)) < self.conditioning, anchor=None, kept_anchor=None, every=1)
+
+    @property
     def clean_mask(self) -> np.ndarray:
-        """`[W, T]` bool, `clean` for each window."""
-        return np.broadcast_to(self.clean, self.indices.shape)
+        """`[W, T]` bool: frames of each window that are not denoised."""
+        return np.where(self.anchored[:, None], self.clean, self.plain.clean)
 
     @property
     def reference(self) -> np.ndarray:
@@ -98,15 +111,20 @@ class RolloutPlan:
     @property
     def anchors(self) -> int:
         """Number of anchors used (0 without)."""
-        return self.refine.count if self.coarse is not None and self.refine is not None else 0
+        return 0 if self.refine is None else int(self.refine.anchored.sum())
+
+    @property
+    def windows(self) -> int:
+        """Number of windows of all stages."""
+        return sum(stage.count for stage in self.stages.values())
 
 
 def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: int, anchor_stride: int | None = None,
                  strategy: str = "coarse_to_refine", given: int | None = None) -> RolloutPlan:
     """Plans a video of `frames` generated frames at `fps` per view.
 
-    `window` T frames; `conditioning` N clean ones at its head; `anchor_stride` M frames between anchors (default T − N);
-    `given` number of first frames there are (default N; more than N is fine, the last N are used). `frames` need not be a multiple
+    `window` T frames; `conditioning` N clean ones at its head; `anchor_stride` M frames between anchors, a multiple of T − N (the
+    default); `given` number of first frames there are (default N; more than N is fine, the last N are used). `frames` need not be a multiple
     of anything. Raises UserError, naming the key, for sizes that do not fit.
     """
     anchor_stride = window - conditioning if anchor_stride is None else anchor_stride
@@ -121,14 +139,15 @@ def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: i
     if count == 0:
         return RolloutPlan(strategy, frames, fps, window, conditioning, anchor_stride, given, bootstrap, None, None)
     refine = _consecutive(start + step * np.arange(count), window, conditioning, fps)
-    coarse = None
-    if strategy != "recurrent":
+    coarse, every = None, anchor_stride // step
+    if strategy != "recurrent" and count >= every:
         tail = window - 1
+        refine = dataclasses.replace(refine, every=every)
         if strategy == "coarse_to_refine":
             refine = dataclasses.replace(refine, anchor=tail)
         else:
             refine = dataclasses.replace(refine, kept_anchor=tail, clean=refine.clean | (np.arange(window) == tail))
-        coarse = _coarse(start, count, window, conditioning, anchor_stride, fps)
+        coarse = _coarse(start, count // every, window, conditioning, anchor_stride, fps)
     return RolloutPlan(strategy, frames, fps, window, conditioning, anchor_stride, given, bootstrap, coarse, refine)
 
 
@@ -163,10 +182,10 @@ def _check(frames, fps, window, conditioning, anchor_stride, strategy, given) ->
         raise UserError("at least one first frame per view must be given")
     if strategy == "recurrent":
         return
-    if anchor_stride < 1 or conditioning + anchor_stride != window:
+    if anchor_stride < 1 or anchor_stride % (window - conditioning):
         raise UserError(
-            f"conditioning ({conditioning}) + anchor_stride ({anchor_stride}) must be the window ({window}) for strategy {strategy}: "
-            f"set anchor_stride = {window - conditioning}, or use strategy = recurrent"
+            f"anchor_stride ({anchor_stride}) must be a multiple of the new frames of a window, window ({window}) - conditioning ({conditioning}), "
+            f"for strategy {strategy}: set anchor_stride = {window - conditioning}, or use strategy = recurrent"
         )
-    if strategy == "divide_and_conquer" and anchor_stride < 2:
-        raise UserError("divide_and_conquer keeps every anchor, so anchor_stride must be at least 2: with 1 nothing is left to generate")
+    if strategy == "divide_and_conquer" and window - conditioning < 2:
+        raise UserError("divide_and_conquer keeps every anchor, so a window needs at least 2 new frames: with anchor_stride = 1 nothing is left to generate")

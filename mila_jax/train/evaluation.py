@@ -91,7 +91,7 @@ class Evaluation:
         window, generate = trainer.config.window, trainer.config.generate
         schedule = window_schedule(
             trainer.config.train.eval_steps, np.arange(spec.frames) < spec.conditioning, anchor=None, family=window.tpd_family,
-            alpha=window.tpd_strength, sigma_a=window.anchor_level, a=window.anchor_error, shift=generate.shift,
+            alpha=window.tpd_strength, sigma_a=window.anchor_level, a=window.anchor_error, shift=generate.shift or 1.0,
         )  # fmt: skip
 
         def sample(params, clip, key):

@@ -1,0 +1,77 @@
+"""Windows of a video on disk while it is made, so that an interrupted generation goes on where it stopped."""
+
+import contextlib
+import json
+import pathlib
+
+import numpy as np
+
+from data_pipeline.records import write_atomically
+from mila_jax.errors import UserError
+
+
+def _differences(old, new, prefix=""):
+    """Dotted names of what differs between two trees of plain values, with both values where they are short."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in sorted(old.keys() | new.keys()) for line in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    if old == new:
+        return []
+    values = f" ({old} then, {new} now)" if len(str(old)) + len(str(new)) < 60 else ""
+    return [prefix.rstrip(".") + values]
+
+
+class Unfinished:
+    """The windows of one video in a folder: window-00000.npy and so on, float32, each written whole or not at all.
+
+    identity: plain values that decide what the windows are (weights, settings, seed, start). Raises `UserError` if the folder
+    holds windows of another video.
+    """
+
+    def __init__(self, folder, identity: dict):
+        self.folder = pathlib.Path(folder)
+        record = self.folder / "identity.json"
+        identity = json.loads(json.dumps(identity))
+        if record.exists():
+            try:
+                old = json.loads(record.read_text())
+            except ValueError:
+                old = {}
+            different = _differences(old, identity)
+            if different:
+                raise UserError(
+                    f"{self.folder} holds the first windows of another video, which differs in {', '.join(different[:4])}; "
+                    "finish it with those settings, remove that folder, or choose another --out"
+                )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(record, json.dumps(identity, indent=1).encode())
+
+    def _path(self, number: int) -> pathlib.Path:
+        return self.folder / f"window-{number:05d}.npy"
+
+    def read(self, shape):
+        """Yields the windows from the first on, up to one that is missing or damaged. `shape`: of each."""
+        number = 0
+        while self._path(number).exists():
+            try:
+                window = np.load(self._path(number), allow_pickle=False)
+            except (ValueError, OSError, EOFError):
+                return
+            if window.shape != tuple(shape) or window.dtype != np.float32:
+                return
+            yield window
+            number += 1
+
+    def write(self, number: int, window) -> None:
+        """Keeps window `number`."""
+        partial = self._path(number).with_suffix(".tmp")
+        with partial.open("wb") as file:
+            np.save(file, np.asarray(window, np.float32))
+        partial.replace(self._path(number))
+
+    def remove(self) -> None:
+        """Removes the folder: the video is finished."""
+        for file in [*self.folder.glob("window-*.npy"), *self.folder.glob("window-*.tmp"), self.folder / "identity.json"]:
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else lies in it
+            self.folder.rmdir()

@@ -1,0 +1,78 @@
+"""The drift meter, on videos whose drift is known."""
+
+import html.parser
+import json
+
+import numpy as np
+import pytest
+
+from mila_jax.evaluate import drift
+from mila_jax.evaluate.frechet import NAME
+from mila_jax.evaluate.report import Report
+
+
+def _video(seconds, fade=0.0, seed=0):
+    """Noise pictures whose contrast falls by the share `fade` a second, the same picture for the two halves of a second."""
+    rng = np.random.default_rng(seed)
+    for second in range(seconds):
+        for _ in range(2):
+            frame = 128 + (rng.standard_normal((6, 8, 8, 3)) * 30) * (1 - fade) ** second
+            for _ in range(6):
+                yield np.clip(frame, 0, 255).astype(np.uint8)
+
+
+def _features(images):
+    flat = images.reshape(len(images), -1, 3).astype(float)
+    return np.concatenate([flat.mean(1), flat.std(1)], -1)
+
+
+def test_curves_show_the_fading_and_its_interval():
+    recorded = [drift.measure(_video(4, seed=s), extractor=_features) for s in (10, 11)]
+    steady, fading = ([drift.measure(_video(5, fade, s), extractor=_features) for s in range(3)] for fade in (0.0, 0.3))
+    fading[0]["contrast"] = np.append(fading[0]["contrast"], 0.0)  # one video is longer: curves end with the shortest
+    steady, fading = drift.curves(steady, recorded, resamples=50), drift.curves(fading, recorded, resamples=50)
+    assert fading["seconds"] == 5 and fading["videos"] == 3
+    contrast = np.array(fading["contrast"]["mean"])
+    np.testing.assert_allclose(contrast[1:] / contrast[:-1], 0.7, atol=0.03)
+    assert abs(steady["contrast"]["mean"][4] - steady["recorded"]["contrast"]) < 1
+    assert (np.diff(fading[NAME]["mean"]) > 0).all() and fading[NAME]["low"][4] > steady[NAME]["high"][4]
+    assert all(low <= mean + 1e-9 for low, mean in zip(fading["contrast"]["low"], fading["contrast"]["mean"]))
+    json.dumps(fading)
+    assert drift.curves([drift.measure(_video(2))], [])["contrast"].keys() == {"mean"}
+
+
+def test_flicker_counts_the_step_between_seconds():
+    still = np.zeros((12, 6, 4, 4, 3), np.uint8)
+    found = drift.measure([*still, *(still + 120)])
+    np.testing.assert_allclose(found["flicker"], [0, 10])
+    with pytest.raises(ValueError, match="second"):
+        drift.measure(still[:11])
+
+
+def test_motion_is_compared_in_the_frame_of_each_moment():
+    angle = np.arange(1, 37) / 12 * 0.5
+    circle = np.stack([10 * np.sin(angle), 10 * (1 - np.cos(angle)), angle], -1)  # 5 m/s, 0.5 rad/s
+    right = drift.movements(circle)
+    np.testing.assert_allclose(right[:, 2] * 12, 0.5)
+    lengths = []
+
+    def estimator(frames):
+        lengths.append(len(frames))
+        return np.broadcast_to(right[0] + [0.1, 0, 0.05], (len(frames) - 1, 3))
+
+    found = drift.measure(_video(3), ego_motion=estimator, poses=circle)
+    np.testing.assert_allclose(found["speed_error"], 1.2, atol=1e-6)
+    np.testing.assert_allclose(found["yaw_rate_error"], 0.6, atol=1e-6)
+    assert lengths == [12, 13, 13]
+
+
+def test_anchor_residual_and_report(tmp_path):
+    anchors = np.zeros((6, 3, 2, 2, 4), np.float16)
+    residual = drift.anchor_residual(anchors, anchors + np.arange(3)[None, :, None, None, None], 6)
+    assert residual == [(0.5, 0.0), (1.0, 1.0), (1.5, 2.0)]
+    found = drift.curves([drift.measure(_video(3, seed=s)) for s in (0, 1)], [drift.measure(_video(2))], resamples=10)
+    report = Report("drift")
+    drift.add_to_report(report, {"recurrent": found}, {"a": residual})
+    text = report.write(tmp_path / "r.html").read_text()
+    html.parser.HTMLParser().feed(text)
+    assert text.count("<svg") == len(drift.STATISTICS) + 1 and "recurrent, low" in text and "recorded" in text
