@@ -29,6 +29,7 @@ MINIMUM = {
     "ml_collections": "1.1",
     "absl-py": "2.1",
     "etils": "1.9.1",
+    "fsspec": "2024.2",
     "av": "15",
     "pillow": "10",
     "tensorboardX": "2.6.4",

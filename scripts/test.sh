@@ -15,4 +15,4 @@ done
 bash "$root/scripts/setup.sh" --test
 cd "$root"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-exec .venv/bin/python -m pytest -m "$marker" ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -m pytest -m "$marker" -n "${WORKERS:-2}" --dist loadfile ${arguments[@]+"${arguments[@]}"}

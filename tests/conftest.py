@@ -5,6 +5,7 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "")  # before a command run by some test sets its own
 
 import jax
 import numpy as np

@@ -18,6 +18,7 @@ from data_pipeline.jobs import parse_part
 from data_pipeline.nuscenes.reader import open_nuscenes
 from mila_jax.errors import UserError
 from mila_jax.prepare import prepare
+from tests.conftest import XLA_FLAGS
 from tests import nuscenes_stub as stub
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -160,7 +161,8 @@ def test_addresses_that_cannot_be_opened(root):
             stub.encode(root, "gs://bucket/data")
 
 
-def test_several_processes_give_what_one_gives(small_config, tmp_path):
+def test_several_processes_give_what_one_gives(small_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)  # the same compiler for all
     config = small_config.copy_and_resolve_references()
     config.data.dir, config.data.workers = str(tmp_path / "enc"), 2
     assert prepare(config, progress=False) == []

@@ -511,6 +511,7 @@ def test_worker_stops_after_a_save_and_can_go_on(worker):
     worker.until(lambda: worker.state == "interrupted 75")
     worker.codes("wait")
     worker("start", "--", "train")
+    worker.until(lambda: len(worker.attempts) == 4)
     os.killpg(int((launcher / "pid").read_text()), signal.SIGKILL)
     worker.until(lambda: worker.state == "lost")
 

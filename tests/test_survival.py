@@ -106,12 +106,12 @@ def test_broken_batches_are_skipped_and_too_many_stop_the_run(make):
 @pytest.mark.parametrize("hook, reason", [("full_disk", "0.0 MiB are free"), ("small_files", "File too large")])
 def test_a_full_disk_is_told_and_training_goes_on_until_the_limit(make, hook, reason):
     """A disk that says it is full, and one whose writes fail half way."""
-    config, file = make(hook, save_failures=2)
+    config, file = make(hook, save_failures=3, checkpoint_every=1)
     code, err = finish(start(file, f"HOOK={hook}"))
-    told = [line for line in err.splitlines() if line.startswith(("warning:", "error:")) and "checkpoint" in line]
-    assert code == 2 and len(told) == 2, err[-3000:]
-    assert "failure 1 of 2" in told[0] and reason in told[0] and "2 checkpoints in a row could not be written" in told[1] and "there is none yet" in told[1]
-    assert max(m["step"] for m in read_metrics(config.train.dir)) >= 3
+    # Anywhere in a line: what storage libraries print of their own runs in between.
+    assert code == 2 and "warning: a checkpoint could not be written" in err and "failure 1 of 3" in err and "training goes on at step" in err, err[-3000:]
+    assert "error: 3 checkpoints in a row could not be written" in err and "there is none yet" in err and reason in err
+    assert max(m["step"] for m in read_metrics(config.train.dir)) >= 2
     if hook == "full_disk":
         code, err = finish(start(file))  # with room again
         assert code == 0, err[-2000:]

@@ -67,7 +67,7 @@ def broken_batches() -> None:
 
 
 def slow() -> None:
-    """Half a second a step, so that a test can act between two of them."""
+    """A second a step, so that a test can act between two of them."""
     import time
 
     from mila_jax.train.trainer import Trainer
@@ -76,7 +76,7 @@ def slow() -> None:
 
     def waiting(self, source, first_step):
         for batch in batches(self, source, first_step):
-            time.sleep(0.5)
+            time.sleep(1.0)
             yield batch
 
     Trainer.batches = waiting

@@ -67,6 +67,13 @@ class Checkpoints:
         """Step of the newest finished checkpoint."""
         return self._manager.latest_step()
 
+    def finished(self) -> int | None:
+        """Step of the newest checkpoint on disk, once the one that is being written is there too, or has come to nothing."""
+        with contextlib.suppress(SaveFailed):
+            self.wait()
+        self._manager.reload()
+        return self._manager.latest_step()
+
     def steps(self) -> list[int]:
         """Steps of all finished checkpoints, ascending."""
         return sorted(self._manager.all_steps())

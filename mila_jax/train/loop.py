@@ -186,7 +186,7 @@ class _Run:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             return
-        good = self.checkpoints.latest()
+        good = self.checkpoints.finished()
         raise UserError(
             f"{limit} checkpoints in a row could not be written to {folder} ({error}); free space there or set train.dir to another place; "
             f"{'the last good one is of step ' + str(good) if good else 'there is none yet'}"
@@ -197,7 +197,7 @@ class _Run:
         in_row = int(metrics["skipped_in_row"]) if metrics is not None else 0
         if in_row < self.settings.skip_limit:
             return
-        good = self.checkpoints.latest()
+        good = self.checkpoints.finished()
         kept = f"the last checkpoint, of step {good}, is good" if good else "there is no checkpoint yet"
         raise UserError(
             f"the loss of steps {step - in_row + 1} to {step} was no number or more than train.explode={self.settings.explode:g} times its average; "
