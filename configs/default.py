@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     c.model.fourier_bands = 8
     c.model.ray_rotary = False  # viewing directions as rotary embedding in spatial attention (ours; published weights have none)
     c.model.precondition = "none"  # none | motion (mila_jax/model/precondition.py)
+    c.model.sweep = 0  # with motion: corridors, up to 4, over which frames are carried for the network to choose from (same file)
     c.model.dtype = "bfloat16"
     c.model.remat = "block"  # none | dots+attention | dots | attention+mlp | attention+results | attention | block | offload, or two of them for
     # the first pairs and for the others, dots:4:block (mila_jax/model/remat.py)
@@ -96,6 +97,8 @@ def get_config() -> ConfigDict:
     c.train.ema = 0.999  # warmed up: min(ema, (1 + step) / (10 + step))
     c.train.level = "logit-normal"  # how σ is drawn: logit-normal | uniform
     c.train.tpd_rate = 0.5  # share of samples whose frames have TPD-shaped levels instead of one level for all
+    c.train.context_rate = 0.0  # share of samples whose first frames are noisy too, so that a long video's own errors are not taken for truth …
+    c.train.context_level = 0.2  # … at levels up to this (ours; noise augmentation, as in cascaded diffusion)
     c.train.text_drop = 0.1
     c.train.waypoint_drop = 0.1
     c.train.fps = (12.0, 2.0, 1.0)  # rates of the generated frames …
@@ -140,6 +143,7 @@ def get_config() -> ConfigDict:
     c.generate.guidance_batched = True  # one pass over a larger batch; False: one after the other, in less memory
     c.generate.shift = 1.0  # timestep shift R: times t → R t / (1 + (R - 1) t); 0 = Open-Sora's R for the image size and window
     c.generate.temperature = 1.0  # scale of the noise that frames start from; below 1: calmer pictures, less variety
+    c.generate.context_level = 0.0  # noise level of the frames that a window starts from; for models trained with train.context_rate
     c.generate.windows_per_call = 1  # windows that leave the device together
     c.generate.decode_frames = 4  # frames that go through the autoencoder together …
     c.generate.decode_views = 0  # … of so many views; 0 = all

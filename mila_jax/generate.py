@@ -33,6 +33,7 @@ def sampler_options(model: WorldModel, config) -> SamplerOptions:
     shift = g.shift if g.shift else float(shift_ratio(*model.data["image_size"], w.frames))
     return SamplerOptions(
         steps=g.steps, family=w.tpd_family, alpha=w.tpd_strength, a=w.anchor_error, sigma_a=w.anchor_level, shift=shift, temperature=g.temperature,
+        context_level=g.get("context_level", 0.0),
     )
 
 

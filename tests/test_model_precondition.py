@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mila_jax.model.motion import carry
+from mila_jax.model.motion import CORRIDORS, carry
 from mila_jax.model.precondition import (
-    SCALES, Prior, correlation_parts, covariance, fit_weights, linear_denoiser, measure_prior, preconditioned, principal_components,
+    SCALES, Prior, correlation_parts, covariance, fit_weights, inverse, linear_denoiser, measure_prior, others_gain, preconditioned,
+    principal_components,
 )  # fmt: skip
 from tests.test_model_motion import _rig
 
@@ -152,3 +153,48 @@ def test_gradients_do_not_flow_into_the_prior():
 
     through, by_scale = jax.grad(total, argnums=(0, 1))(y, 1.0)
     assert float(jnp.abs(through).max()) == 0 and float(by_scale) > 0
+
+
+def test_inverse():
+    r = np.random.default_rng(0)
+    a = r.normal(size=(3, 2, 7, 7))
+    m = a @ np.swapaxes(a, -1, -2) + 0.1 * np.eye(7)
+    np.testing.assert_allclose(inverse(jnp.asarray(m, jnp.float32)) @ m, np.broadcast_to(np.eye(7), m.shape), atol=1e-3)
+
+
+def test_no_call_that_waits_for_threads():
+    """Two LAPACK calls at a time stop a CPU of two cores for ever."""
+    k = covariance(TIMES, WAYPOINTS, _weights())
+    text = jax.jit(lambda z: (linear_denoiser(z, LEVELS, k), others_gain(LEVELS, k))).lower(_carried()).compile().as_text()
+    assert "lapack" not in text
+
+
+def test_what_the_others_say_is_the_conditional_law_without_the_frame_itself():
+    k = covariance(TIMES, WAYPOINTS, _weights())
+    gain = others_gain(LEVELS, k)
+    for view in (0, 3):
+        for c in range(2):
+            full, s = _covariance(view, c), np.asarray(LEVELS[0, view], np.float64)
+            for i in range(5):
+                rest = [j for j in range(5) if j != i]
+                a = np.diag(1 - s[rest])
+                want = full[i, rest] @ a @ np.linalg.inv(a @ full[np.ix_(rest, rest)] @ a + np.diag(s[rest] ** 2) + 1e-5 * np.eye(4))
+                np.testing.assert_allclose(gain[0, view, c, i, rest], want, atol=2e-3)
+                assert gain[0, view, c, i, i] == 0
+
+
+def test_the_sweep_shows_the_network_what_the_others_say_over_each_corridor():
+    y = jax.random.normal(jax.random.key(1), (1, 6, 5, 2, 3, 2))
+    c, seen = _conditions(), {}
+
+    def network(latents, levels, conditions):
+        seen["input"] = latents
+        return jnp.zeros_like(latents[..., :2])
+
+    preconditioned(network, Prior(np.eye(2, dtype=np.float32), _weights()), 3)(y, LEVELS, c)
+    gain = others_gain(LEVELS, covariance(TIMES, WAYPOINTS, _weights()))
+    for number, corridor in enumerate(CORRIDORS[:3]):
+        carried = carry(y, WAYPOINTS, c.intrinsics, c.extrinsics, corridor)
+        want = jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried)
+        np.testing.assert_allclose(seen["input"][..., 4 + 2 * number : 6 + 2 * number], want, atol=1e-5)
+    assert seen["input"].shape[-1] == 10

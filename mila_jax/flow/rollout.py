@@ -37,7 +37,8 @@ class SamplerOptions:
     `sigma_a` (level they start at; both only matter for coarse_to_refine; a = 0 re-noises as if anchors were right);
     `shift`: strength R of the timestep transform (`timeshift.shift_ratio`), 1 for none; `temperature`: scale of the noise that frames
     start from (1: the model's law; below 1 gives up variety for calm pictures, as with any small generator; anchors are
-    re-noised at full strength, since their level says how much noise they hold). Raises UserError if σ_a < a.
+    re-noised at full strength, since their level says how much noise they hold); `context_level`: level to which the frames that a window
+    starts from are noised and at which they stay, so that the network mends them instead of copying their errors. Raises UserError if σ_a < a.
     """
 
     steps: int = 50
@@ -47,11 +48,14 @@ class SamplerOptions:
     sigma_a: float = 0.4
     shift: float = 1.0
     temperature: float = 1.0
+    context_level: float = 0.0
 
     def __post_init__(self):
         check_anchor(self.a, self.sigma_a)
         if not 0 <= self.temperature <= 1:
             raise UserError(f"generate.temperature={self.temperature} must lie between 0 and 1")
+        if not 0 <= self.context_level < 1:
+            raise UserError(f"generate.context_level={self.context_level} must lie between 0 and 1")
 
     def schedule(self, windows: Windows):
         """Levels `[K+1, T]` of a stage's windows (those with an anchor, if there are any)."""
@@ -139,8 +143,12 @@ def make_tables(plan: RolloutPlan, options: SamplerOptions) -> Tables:
         with jax.ensure_compile_time_eval():  # numbers even where a rollout is traced
             levels[row] = options.schedule(windows)
             anchor = [float(part) for part in coefficients(options.sigma_a, options.a)[:2]]
-        keep[row] = windows.clean
-        spread[row] = np.where(windows.clean, 0.0, options.temperature)
+        if options.context_level and frames < 2 * plan.conditioning:  # noised frames would stay on as the next window's context
+            raise UserError(f"generate.context_level needs windows with at least as many new frames as conditioning ({plan.conditioning} of {frames})")
+        context = windows.clean & (np.arange(frames) < plan.conditioning)
+        levels[row] = np.where(context, options.context_level, levels[row])
+        keep[row] = np.where(context, 1 - options.context_level, windows.clean)
+        spread[row] = np.where(context, options.context_level, np.where(windows.clean, 0.0, options.temperature))
         if windows.anchor is not None:
             keep[row, windows.anchor], spread[row, windows.anchor] = anchor
     return Tables(levels, keep, spread)

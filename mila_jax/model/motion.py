@@ -6,12 +6,23 @@ up, bilinearly, in that camera of frame j that sees it best, so a house ahead is
 nearer or farther than the corridor lands some pixels off; that is for the network to mend.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from mila_jax.model.layers import rotation_matrix
 
-WALL = 20.0  # metres from the car's path to the walls
-DOME = 60.0  # metres, radius of the dome
+
+class Corridor(NamedTuple):
+    """wall: metres from the car's path to the walls; dome: metres, its radius."""
+
+    wall: float
+    dome: float
+
+
+# The first is the one that the prior is fitted to. The others are other guesses at how far things are, as in a plane sweep: a parked car is 4 m
+# away, not 20, and where the carried frames of one guess agree with each other the network can tell that it is the right one.
+CORRIDORS = (Corridor(20.0, 60.0), Corridor(4.5, 60.0), Corridor(9.0, 60.0), Corridor(40.0, 200.0))
 
 
 def camera_rays(intrinsics, extrinsics, height: int, width: int):
@@ -27,7 +38,7 @@ def camera_rays(intrinsics, extrinsics, height: int, width: int):
     return jnp.einsum("...ij,...hwj->...hwi", rotation_matrix(extrinsics[..., 3:]), rays)
 
 
-def corridor_points(origin, directions):
+def corridor_points(origin, directions, corridor: Corridor = CORRIDORS[0]):
     """Where rays from origin [..., 3] along directions [..., 3] meet the corridor, in metres of the same (ego) frame."""
     directions = directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
 
@@ -35,10 +46,10 @@ def corridor_points(origin, directions):
         """To a plane `gap` metres away, for rays that approach it by `speed` a metre."""
         return jnp.where(speed > 1e-6, gap / jnp.maximum(speed, 1e-6), jnp.inf)
 
-    side = jnp.where(directions[..., 1] > 0, WALL - origin[..., 1], WALL + origin[..., 1])
+    side = jnp.where(directions[..., 1] > 0, corridor.wall - origin[..., 1], corridor.wall + origin[..., 1])
     walls = distance(side, jnp.abs(directions[..., 1]))
     ground = distance(origin[..., 2], -directions[..., 2])
-    reach = jnp.minimum(jnp.minimum(walls, ground), DOME)
+    reach = jnp.minimum(jnp.minimum(walls, ground), corridor.dome)
     return origin + reach[..., None] * directions
 
 
@@ -67,7 +78,7 @@ def look_up(points, own, intrinsics, extrinsics):
     return camera, jnp.clip(jnp.nan_to_num(best), 0, 1)
 
 
-def carry(latents, waypoints, intrinsics, extrinsics):
+def carry(latents, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRIDORS[0]):
     """Latents of each frame j as the cameras at each frame i would see them.
 
     latents [b, v, t, h, w, c]; waypoints [b, t, 3], intrinsics [b, v, t, 4], extrinsics [b, v, t, 7] as in `Conditions`. Returns
@@ -75,7 +86,7 @@ def carry(latents, waypoints, intrinsics, extrinsics):
     """
     b, v, t, h, w, c = latents.shape
     rays = camera_rays(intrinsics, extrinsics, h, w)  # [b, v, i, h, w, 3]
-    points = corridor_points(extrinsics[..., None, None, :3], rays)
+    points = corridor_points(extrinsics[..., None, None, :3], rays, corridor)
     yaw = waypoints[..., 2]
     here = jnp.concatenate([waypoints[..., :2], jnp.zeros_like(waypoints[..., :1])], -1)
     world = turn(points, yaw[:, None, :, None, None]) + here[:, None, :, None, None]

@@ -4,6 +4,7 @@ from flax import nnx
 
 from mila_jax.errors import UserError
 from mila_jax.model.dit import DiT, DiTConfig
+from mila_jax.model.motion import CORRIDORS
 from mila_jax.model.precondition import Prior, preconditioned
 
 PRECONDITIONS = ("none", "motion")
@@ -17,9 +18,12 @@ def dit_config(model, latent_channels: int, image_size, text_width: int, text_le
     """
     if model.precondition not in PRECONDITIONS:
         raise UserError(f"model.precondition={model.precondition!r} is unknown; use one of {', '.join(PRECONDITIONS)}")
+    sweep = model.get("sweep", 0)
+    if not 0 <= sweep <= len(CORRIDORS) or (sweep and model.precondition != "motion"):
+        raise UserError(f"model.sweep={sweep} must lie between 0 and {len(CORRIDORS)}, and be 0 unless model.precondition=motion")
     config = DiTConfig(
         width=model.width, depth=model.depth, heads=model.heads, patch=tuple(model.patch),
-        in_channels=latent_channels * (2 if model.precondition == "motion" else 1), out_channels=latent_channels,
+        in_channels=latent_channels * (2 + sweep if model.precondition == "motion" else 1), out_channels=latent_channels,
         text_width=text_width, text_length=text_length, mlp_ratio=model.mlp_ratio, image_size=tuple(image_size),
         input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
         fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), dtype=model.dtype, remat=model.remat,
@@ -40,4 +44,6 @@ def make_velocity(graphdef, params, config: DiTConfig, prior: Prior | None = Non
         out = nnx.merge(graphdef, params)(latents, 1000.0 * levels, conditions)
         return out[..., : config.out_channels]
 
-    return network if prior is None else preconditioned(network, prior)
+    if prior is None:
+        return network
+    return preconditioned(network, prior, config.in_channels // config.out_channels - 2)

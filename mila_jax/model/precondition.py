@@ -14,6 +14,9 @@ the velocity x_i - ε_i given all frames of the window are then closed-form (a t
     A = diag(1-σ), D = diag(σ), M = A K A + D²
     E[x | z] = K A M⁻¹ z,    E[v | z] = (K A - D) M⁻¹ z,    Var[v | z] = diag(K + I - (K A - D) M⁻¹ (K A - D)ᵀ)
 
+With `sweep` > 0 the network also sees what the *other* frames say of each frame, E[x_i | z_j, j ≠ i], carried over that many corridors
+(`motion.CORRIDORS`): a plane sweep. On a clean frame that shows which corridor is right, place by place, which holds for the noisy ones too.
+
 The network sees y and E[x | z] and its output is scaled: v = E[v | z] + sqrt(Var[v | z]) · F. This is Karras et al. 2022's
 preconditioning with a prior over the window in place of a single variance; with K = identity it is theirs for rectified flow.
 Levels may differ from frame to frame, so clean frames, TPD and noisy anchors need no special case.
@@ -28,7 +31,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from mila_jax import geometry
-from mila_jax.model.motion import carry
+from mila_jax.model.motion import CORRIDORS, carry
 from mila_jax.views import view_index
 
 # Pairs (seconds, metres) over which a part of the correlation falls by e; the first stands for what no two frames share.
@@ -61,6 +64,25 @@ def covariance(frame_times, waypoints, weights):
     return jnp.einsum("bijm,vcm->bvcij", parts, jnp.asarray(weights, jnp.float32))
 
 
+def inverse(m):
+    """Inverses of symmetric positive definite matrices [..., t, t], by Gauss-Jordan elimination without pivots, which those need none of.
+
+    Not LAPACK: on a CPU, two of its calls that run at the same time wait for threads that each other holds, for ever on two cores; and
+    a TPU has none.
+    """
+    place = jnp.arange(m.shape[-1])
+
+    def eliminate(k, a):
+        here = place == k
+        pivot = jax.lax.dynamic_slice_in_dim(a, k, 1, -2)  # [..., 1, t]
+        column = jax.lax.dynamic_slice_in_dim(a, k, 1, -1)  # [..., t, 1]
+        scale = 1 / jax.lax.dynamic_slice_in_dim(pivot, k, 1, -1)
+        pivot = jnp.where(here, 1.0, pivot) * scale
+        return jnp.where(here[:, None], pivot, jnp.where(here, 0.0, a) - column * pivot)
+
+    return jax.lax.fori_loop(0, m.shape[-1], eliminate, m)
+
+
 def linear_denoiser(carried, levels, k):
     """The linear-Gaussian posterior described above.
 
@@ -69,20 +91,37 @@ def linear_denoiser(carried, levels, k):
     """
     eye = jnp.eye(k.shape[-1], dtype=k.dtype)
     level = levels[:, :, None]  # the same for all components
-    keep = 1 - level
-    ka = k * keep[..., None, :]
-    m = keep[..., :, None] * ka + eye * (level**2)[..., None] + 1e-5 * eye  # the small term: two frames that are one
+    ka = k * (1 - level)[..., None, :]
     # Per-frame weights first (t×t per component), then one product with the latents: cheap beside the network.
     cross = ka - eye * level[..., None]  # Cov(v, z)
-    solve = jnp.linalg.solve(m, jnp.concatenate([jnp.swapaxes(ka, -1, -2), jnp.swapaxes(cross, -1, -2)], -1))
-    gain_x, gain_v = jnp.split(jnp.swapaxes(solve, -1, -2), 2, axis=-2)  # [b, v, c, t, t]
+    m = inverse(moments(levels, k))
+    gain_x, gain_v = ka @ m, cross @ m  # [b, v, c, t, t]
     variance = 1 + jnp.diagonal(k, axis1=-2, axis2=-1) - (gain_v * cross).sum(-1)
     x, v = (jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried) for gain in (gain_x, gain_v))
     return x, v, jnp.sqrt(jnp.clip(jnp.swapaxes(variance, -1, -2), 1e-6))
 
 
-def preconditioned(network, prior: Prior):
-    """Wraps `network(x [b, v, t, h, w, 2c], levels, conditions) -> F` into a velocity function (see the top of this file).
+def others_gain(levels, k):
+    """E[x_i | z_j, j ≠ i] = Σ_j gain_ij z_j, levels [b, v, t] and k [b, v, c, t, t] as in `linear_denoiser` → [b, v, c, t, t], diagonal 0.
+
+    With P = M⁻¹, the inverse without row and column i is P - P_i P_iᵀ / P_ii.
+    """
+    others = 1 - jnp.eye(k.shape[-1], dtype=k.dtype)
+    p = inverse(moments(levels, k))
+    gain = (k * (1 - levels[:, :, None])[..., None, :] * others) @ p
+    own = jnp.diagonal(gain, axis1=-2, axis2=-1) / jnp.diagonal(p, axis1=-2, axis2=-1)
+    return (gain - own[..., None] * p) * others
+
+
+def moments(levels, k):
+    """M = A K A + D² [b, v, c, t, t], with a small term more for frames that are one and the same."""
+    keep = 1 - levels[:, :, None]
+    eye = jnp.eye(k.shape[-1], dtype=k.dtype)
+    return keep[..., :, None] * k * keep[..., None, :] + eye * (levels[:, :, None, :, None] ** 2 + 1e-5)
+
+
+def preconditioned(network, prior: Prior, sweep: int = 0):
+    """Wraps `network(x [b, v, t, h, w, (2 + sweep) c], levels, conditions) -> F` into a velocity function (see the top of this file).
 
     The network sees and gives principal components. The prior always knows the waypoints: dropping them (guidance) concerns the
     network alone.
@@ -91,10 +130,16 @@ def preconditioned(network, prior: Prior):
 
     def velocity(latents, levels, conditions):
         y = jax.lax.stop_gradient(latents.astype(jnp.float32) @ basis)
-        carried = carry(y, conditions.waypoints, conditions.intrinsics, conditions.extrinsics)
+        places = conditions.waypoints, conditions.intrinsics, conditions.extrinsics
+        carried = carry(y, *places)
         k = covariance(conditions.frame_times, conditions.waypoints, prior.weights)
         x, v, std = jax.lax.stop_gradient(linear_denoiser(carried, levels, k))
-        f = network(jnp.concatenate([y, x], -1), levels, conditions)
+        seen = [y, x]
+        if sweep:
+            gain = others_gain(levels, k)
+            guesses = [carried, *(carry(y, *places, corridor) for corridor in CORRIDORS[1:sweep])]
+            seen += [jax.lax.stop_gradient(jnp.einsum("bvcij,bvijhwc->bvihwc", gain, guess)) for guess in guesses]
+        f = network(jnp.concatenate(seen, -1), levels, conditions)
         return (v + std[:, :, :, None, None] * f) @ basis.T
 
     return velocity

@@ -33,6 +33,8 @@ class Objective:
     waypoint_drop: float
     ema: float
     explode: float = 10.0
+    context_rate: float = 0.0
+    context_level: float = 0.0
 
     @classmethod
     def from_config(cls, config) -> "Objective":
@@ -42,7 +44,7 @@ class Objective:
         return cls(
             level=t.level, tpd_rate=t.tpd_rate, tpd_family=w.tpd_family, tpd_strength=w.tpd_strength, anchor_level=w.anchor_level,
             anchor_rate=t.anchor_rate, anchor_noisy=t.anchor_noisy, text_drop=t.text_drop, waypoint_drop=t.waypoint_drop, ema=t.ema,
-            explode=t.get("explode", 10.0),
+            explode=t.get("explode", 10.0), context_rate=t.get("context_rate", 0.0), context_level=t.get("context_level", 0.0),
         )  # fmt: skip
 
 
@@ -83,6 +85,10 @@ def draw(clip, key, objective: Objective, level=None) -> Draws:
     sigma = draw_levels(k_level, b, distribution=objective.level) if level is None else jnp.full((b,), level)
     alpha = jnp.where(jax.random.uniform(k_tpd, (b,)) < objective.tpd_rate, objective.tpd_strength, 0.0)
     levels = training_levels(sigma, clean, anchor, alpha=alpha, family=objective.tpd_family, sigma_a=objective.anchor_level)
+    if objective.context_rate:
+        noisy, depth = jax.random.uniform(jax.random.fold_in(k_level, 1), (2, b))
+        context = jnp.where(noisy < objective.context_rate, objective.context_level * depth, 0.0)
+        levels = jnp.where(jnp.arange(levels.shape[1]) < clip["conditioning"][:, None], context[:, None], levels)
     no_text, no_waypoints = jax.random.uniform(k_drop, (2, b))
     noise = noise_like(k_noise, clip["latents"].shape)
     return Draws(levels, clean, noise, no_text < objective.text_drop, no_waypoints < objective.waypoint_drop)

@@ -14,6 +14,7 @@ from data_pipeline.clips import ClipSource, read_scene
 from data_pipeline.loader import make_loader
 from data_pipeline.records import read_index, write_atomically
 from mila_jax.errors import UserError
+from mila_jax.model.grow import can_grow, grow
 from mila_jax.model.precondition import Prior, measure_prior
 from mila_jax.model.stdit3_weights import create
 from mila_jax.model.weights import load_model, merge_parameters, model_config, save_model
@@ -116,7 +117,8 @@ class Trainer:
             start = load_model(source)
             self._check_start(start.data)
             given = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(start.params)}
-            params = merge_parameters(create(self.dit)[1], given, source=source)
+            fresh = create(self.dit, self.config.seed)[1]
+            params = merge_parameters(fresh, grow(given, start.dit, self.dit, fresh) if can_grow(start.dit, self.dit) else given, source=source)
         if params is not None:
             params = jax.tree.map(np.asarray, params)  # on the host: each process puts its own part on its devices
         with use_rules(**self.rules):
