@@ -40,11 +40,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
         return sub
 
-    demo = command("demo", "the main job on the embedded default: simulate, encode, train, generate, report", "configs/demo.py")
+    demo = command("demo", "the main job on the embedded default: simulate, encode, (train,) generate, report", "configs/demo.py")
     demo.add_argument("--out", default="runs/demo", metavar="DIR")
     demo.add_argument("--fresh", action="store_true", help="start over instead of reusing what is finished")
-    demo.add_argument("--from-scratch", action="store_true", help="train from random weights instead of the shipped ones")
-    demo.add_argument("--seconds", type=float, default=10.0, help="length of the generated video")
+    demo.add_argument("--train", action="store_true", help="train a model from random weights first, instead of using the shipped one")
+    demo.add_argument("--seconds", type=float, default=60.0, help="length of the generated video")
     simulate = command("simulate", "write a simulated data set in nuScenes' format")
     simulate.add_argument("--out", required=True, metavar="DIR")
     prepare = command("prepare", "encode a nuScenes data set (config.data.nuscenes) into latents and tokens (config.data.dir)")
@@ -96,7 +96,7 @@ def _run(options, config) -> int:
     if options.command == "demo":
         from mila_jax.demo import demo
 
-        print(demo(config, options.out, fresh=options.fresh, from_scratch=options.from_scratch, seconds=options.seconds, progress=progress))
+        print(demo(config, options.out, fresh=options.fresh, train_first=options.train, seconds=options.seconds, progress=progress))
     elif options.command == "simulate":
         from mila_jax.prepare import simulate_from_config
 

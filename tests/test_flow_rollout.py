@@ -313,3 +313,36 @@ def test_temperature_scales_what_frames_start_from_but_not_the_noise_of_anchors(
     for wrong in (-0.1, 1.5):
         with pytest.raises(UserError, match="generate.temperature"):
             SamplerOptions(temperature=wrong)
+
+
+def test_context_is_noised_told_so_and_not_what_is_kept():
+    """With a level for context, windows start from noised frames at that level in all steps; the next context is clean frames again."""
+    plan = plan_rollout(12, fps=12, window=8, conditioning=2, anchor_stride=6, strategy="recurrent", given=2)
+    level = 0.1
+    plain, noised = (make_tables(plan, SamplerOptions(steps=3, context_level=part)) for part in (0.0, level))
+    row = 2  # refine
+    np.testing.assert_allclose(noised.levels[row][:, :2], level)
+    np.testing.assert_array_equal(noised.levels[row][:, 2:], plain.levels[row][:, 2:])
+    rows, key = _rows(plan), jax.random.key(0)
+    state = start_state(_truth([-1, 0]), plan)
+    start = start_window(state, _row(rows, 0), noised, window_keys(key, B, "refine", 0))
+    noise = noise_like(window_keys(key, B, "refine", 0), start.shape)
+    np.testing.assert_allclose(start[:, :, :2], (1 - level) * _truth([-1, 0]) + level * noise[:, :, :2], rtol=1e-5)
+    seen = []
+
+    def told(latents, levels, conditions):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), levels[0, 0])
+        return knowing(latents, levels, conditions)
+
+    conditions = {stage: _conditions(windows) for stage, windows in plan.stages.items()}
+    video = rollout(told, _truth([-1, 0]), plan, None, conditions["refine"], key, SamplerOptions(steps=3, context_level=level)).latents
+    np.testing.assert_allclose(video, _truth(range(1, 13)), atol=1e-3)
+    assert len(seen) >= 6 and all((x[:2] == np.float32(level)).all() for x in seen)
+
+
+def test_a_context_level_needs_room_for_a_clean_context():
+    plan = plan_rollout(6, fps=12, window=5, conditioning=3, anchor_stride=2, strategy="recurrent", given=3)
+    with pytest.raises(UserError, match="context_level"):
+        make_tables(plan, SamplerOptions(context_level=0.1))
+    with pytest.raises(UserError, match="context_level"):
+        SamplerOptions(context_level=1.0)

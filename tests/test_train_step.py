@@ -15,7 +15,7 @@ from mila_jax.parallel.mesh import make_mesh
 from mila_jax.train.optimizer import in_bfloat16, make_optimizer, round_stochastically
 from mila_jax.train.stages import describe, resolve
 from mila_jax.train.state import abstract_model, create_state
-from mila_jax.train.step import YOUNG, gradients, split_batch, train_step
+from mila_jax.train.step import YOUNG, draw, gradients, split_batch, train_step
 from tests.parallel_probe import CONFIG, OBJECTIVE, make_clip
 
 TINY = dataclasses.replace(CONFIG, width=16, heads=2, depth=3)
@@ -183,3 +183,14 @@ def test_unknown_moments(small_config):
     train.moments = "float16"
     with pytest.raises(UserError, match="train.moments"):
         make_optimizer(train)
+
+
+def test_first_frames_are_noised_in_a_share_of_the_samples_and_never_counted():
+    clip = jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x)] * 64), make_clip())
+    first = jnp.arange(clip["latents"].shape[2]) < clip["conditioning"][:, None]
+    plain = draw(clip, KEY, OBJECTIVE)
+    noised = draw(clip, KEY, dataclasses.replace(OBJECTIVE, context_rate=0.5, context_level=0.2))
+    np.testing.assert_array_equal(jnp.where(first, 0, noised.levels), jnp.where(first, 0, plain.levels))
+    np.testing.assert_array_equal(noised.clean, plain.clean)  # so they stay out of the loss
+    levels = np.asarray(jnp.where(first, noised.levels, 0).max(-1))
+    assert 0.35 < (levels > 0).mean() < 0.65 and levels.max() <= 0.2 and levels[levels > 0].std() > 0.03

@@ -1,0 +1,53 @@
+"""Weights that start a larger network: the same function at the first step, and every new parameter can learn."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mila_jax.model.conditions import from_clip
+from mila_jax.model.grow import can_grow, grow
+from mila_jax.model.network import make_velocity
+from mila_jax.model.stdit3_weights import create
+from mila_jax.model.weights import merge_parameters
+from tests.parallel_probe import CONFIG, make_clip
+
+SMALL = dataclasses.replace(CONFIG, width=16, heads=2, depth=2)
+LARGE = dataclasses.replace(SMALL, depth=4, in_channels=6)
+
+
+def _grown():
+    _, params = create(SMALL)
+    r = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * r.normal(size=x.shape), jnp.float32), params)
+    arrays = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(params)}
+    _, fresh = create(LARGE, seed=1)
+    return params, merge_parameters(fresh, grow(arrays, SMALL, LARGE, fresh), source="test")
+
+
+def test_is_the_same_function_and_can_become_another():
+    params, grown = _grown()
+    clip = make_clip()
+    x = jnp.asarray(clip["latents"], jnp.float32)
+    more = jax.random.normal(jax.random.key(0), x.shape[:-1] + (4,))
+    levels = jnp.full(x.shape[:3], 0.5)
+    c = from_clip(clip)
+    before = make_velocity(create(SMALL)[0], params, SMALL)(x, levels, c)
+
+    def after(params):
+        return make_velocity(create(LARGE)[0], params, LARGE)(jnp.concatenate([x, more], -1), levels, c)
+
+    np.testing.assert_allclose(after(grown), before, atol=1e-5)
+    gradient = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(jax.grad(lambda p: (after(p) ** 2).sum())(grown))}
+    new_rows = gradient["patch.kernel"][SMALL.in_channels * 4 :]
+    assert new_rows.size and float(jnp.abs(new_rows).min(axis=1).max()) > 0
+    for branch in ("spatial.attn.proj", "spatial.mlp.fc2", "temporal.attn.proj", "temporal.mlp.fc2"):
+        assert (np.abs(np.asarray(gradient[f"pairs.{branch}.kernel"][2:])).max(axis=(1, 2)) > 0).all(), branch
+
+
+def test_only_larger_networks_of_the_same_kind():
+    assert can_grow(SMALL, LARGE) and can_grow(SMALL, SMALL)
+    for other in (dict(width=32), dict(depth=1), dict(in_channels=1), dict(heads=4), dict(out_channels=3)):
+        assert not can_grow(SMALL, dataclasses.replace(SMALL, **other)), other
