@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the weights in mila_jax/weights again, in runs/pretrain; two to three hours on two CPU cores. Goes on where it stopped.
-#   bash scripts/pretrain.sh [--config.train.steps=N …]    arguments go to `mila train`
+# Makes the weights in mila_jax/weights again, in runs/pretrain; about three hours on two CPU cores. Goes on where it stopped.
+#   bash scripts/pretrain.sh [--config.train.steps=N …]    arguments go to the last stage
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -15,7 +15,21 @@ $python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes" \
 $python -m mila_jax.train.autoencoder --data="$runs/nuscenes" --out="$runs/autoencoder" --steps=6000 --batch-size=8
 $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes" --config.data.dir="$runs/encoded" \
   --config.autoencoder.path="$autoencoder"
-$python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/train" \
-  --config.train.steps=5000 "$@"
+# A first network, smaller and without the sweep; the three stages grow it.
+$python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/base" --config.train.steps=4000 \
+  --config.model.depth=4 --config.model.sweep=0 --config.train.context_rate=0
+
+stage() {  # number, weights to start from, further arguments
+  local number="$1" from="$2"; shift 2
+  $python -m mila_jax train --config="configs/tiny.py:stage$number" --config.data.dir="$runs/encoded" --config.train.dir="$runs/stage$number" \
+    --config.train.init_from="$from" --config.train.learning_rate=8e-4 --config.train.single_frame=0.2 --config.train.checkpoint_every=100 "$@"
+}
+# Windows of 2 + 12 frames at 1 Hz are longer than the scenes, so stage 1 has two rates; the patch embedding is new where the sweep enters.
+stage 1 "$runs/base/model.safetensors" --config.train.steps=240 --config.train.warmup=50 --config.train.decay=False \
+  --config.train.fps="(12.0,2.0)" --config.train.fps_weights="(0.5,0.5)" \
+  --config.train.trainable="('patch.*','conditions.*','pairs.spatial.attn.*','pairs[-1].*','final_table','final.*')"
+stage 2 "$runs/stage1/model.safetensors" --config.train.steps=900 --config.train.warmup=50 --config.train.decay=False \
+  --config.train.fps_weights="(0.4,0.5,0.1)"
+stage 3 "$runs/stage2/model.safetensors" --config.train.steps=1300 --config.train.warmup=30 --config.train.fps_weights="(0.45,0.5,0.05)" "$@"
 echo "$autoencoder"
-echo "$runs/train/model.safetensors"
+echo "$runs/stage3/model.safetensors"
