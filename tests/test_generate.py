@@ -181,7 +181,7 @@ def test_interrupted_generation_goes_on_at_the_last_finished_window(trained, tmp
     with np.load(tmp_path / "cut" / "latents.npz") as cut, np.load(tmp_path / "whole" / "latents.npz") as whole:
         assert cut["anchors"].shape[:2] == (6, 4)
         assert all(np.array_equal(cut[key], whole[key]) for key in whole.files)
-    assert read_video(tmp_path / "cut" / "video.mp4")[0].shape == read_video(tmp_path / "whole" / "video.mp4")[0].shape
+    assert (tmp_path / "cut" / "video.mp4").read_bytes() == (tmp_path / "whole" / "video.mp4").read_bytes()
 
 
 def test_explain(trained, tmp_path, capsys):

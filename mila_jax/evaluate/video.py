@@ -81,7 +81,7 @@ def six_view_picture(views, scale=1.0, labels=False):
 
 @contextlib.contextmanager
 def view_writer(path, fps, scale=1.0, crf=18):
-    """Gives a function that adds one frame, uint8 [H, W, 3], to a video; the file is there when the block has ended.
+    """Gives a function that adds one frame, uint8 [H, W, 3], to a video; the file is there when the block has ended. Equal frames give equal files.
 
     path: .mp4 file. Odd sizes are filled up to even ones, as the codec needs. fps: frames per second. scale: enlargement. crf: H.264
     quality, lower is better. Raises `UserError` if the path cannot be written or there are no frames.
@@ -91,7 +91,8 @@ def view_writer(path, fps, scale=1.0, crf=18):
         with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(10000))
             stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": str(crf), "preset": "veryfast"}
+            # With AVX-512, x264's macroblock tree depends on what lay in memory before: equal frames would give unequal files.
+            stream.options = {"crf": str(crf), "preset": "veryfast", "mbtree": "0"}
 
             def add(frame):
                 nonlocal count
