@@ -3,7 +3,8 @@
 A PyTorch file is a pickle, and a pickle is a small program: it may name any Python function and call it. This reader names
 only what a state dict needs (tensor rebuilders, storage types, OrderedDict), each replaced by an inert stand-in of our own;
 anything else ends in `UserError` that says what was refused. Both layouts are read: the zip archive (torch >= 1.6) and the
-older single stream. TorchScript archives name their own classes and are therefore refused.
+older single stream. TorchScript archives name classes of their own, which `read_torchscript` takes for plain records: their
+tensors are read, their code is not.
 """
 
 import collections
@@ -99,6 +100,35 @@ class _WeightUnpickler(pickle.Unpickler):
         return _Storage(kind.name, str(key), count)
 
 
+class _Module:
+    """A module of a TorchScript archive: the record of its attributes."""
+
+    def __setstate__(self, state):
+        self.attributes = state if isinstance(state, dict) else {}
+
+
+class _ScriptUnpickler(_WeightUnpickler):
+    """Knows the classes that an archive defines (all under `__torch__`) as records, and its typed lists as lists."""
+
+    def find_class(self, module, name):
+        if module == "__torch__" or module.startswith("__torch__."):
+            return type("Module", (_Module,), {})
+        if module == "torch.jit._pickle" and name in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist"):
+            return lambda items: list(items)
+        if module == "torch.jit._pickle" and name == "restore_type_tag":
+            return lambda value, _: value
+        return super().find_class(module, name)
+
+
+def _attributes(value, prefix=""):
+    """Tensors of nested `_Module`s by dotted name."""
+    for key, item in getattr(value, "attributes", {}).items():
+        if isinstance(item, _Module):
+            yield from _attributes(item, f"{prefix}{key}.")
+        elif isinstance(item, _Tensor):
+            yield f"{prefix}{key}", item
+
+
 def _as_array(tensor, storages, path):
     """`_Tensor` -> own contiguous array, after checking that it stays inside its storage."""
     whole = storages[tensor.storage.key]
@@ -144,7 +174,7 @@ def _storages_in(value, found):
     return found
 
 
-def _read_zip(path):
+def _read_zip(path, unpickler=_WeightUnpickler):
     with zipfile.ZipFile(path) as archive:
         pickles = [n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -152,7 +182,9 @@ def _read_zip(path):
         root = pickles[0][: -len("data.pkl")]
         if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
             raise UserError(f"{path}: written on a big-endian machine, which is not supported; save it again on a little-endian one")
-        value = _WeightUnpickler(io.BytesIO(archive.read(pickles[0])), path).load()
+        value = unpickler(io.BytesIO(archive.read(pickles[0])), path).load()
+        if unpickler is _ScriptUnpickler:
+            value = dict(_attributes(value))
         storages = {}
         for key, storage in _storages_in(value, {}).items():
             dtype = np.dtype(_STORAGES[storage.kind])
@@ -198,6 +230,21 @@ def read_torch_file(path):
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except _BROKEN as error:
         raise UserError(f"{path}: not a readable PyTorch weight file ({type(error).__name__}: {error}); fetch it again") from error
+
+
+def read_torchscript(path):
+    """Reads the tensors of a TorchScript archive (torch.jit.save) without PyTorch; its code is not looked at.
+
+    Returns dict dotted attribute name -> array: parameters and buffers. Raises `UserError` if the file is missing, damaged, or asks
+    for anything besides modules and tensors.
+    """
+    path = os.fspath(path)
+    try:
+        return _read_zip(path, _ScriptUnpickler)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except _BROKEN as error:
+        raise UserError(f"{path}: not a readable TorchScript archive ({type(error).__name__}: {error}); fetch it again") from error
 
 
 def check_sha256(path, expected):
