@@ -71,9 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--explain", action="store_true", help="print and draw (DIR/schedule.png) the windows and noise levels, generate nothing")
     generate.add_argument("--per-view", action="store_true", help="one mp4 for each camera as well")
     evaluate = command("evaluate", "reconstruction PSNR of the autoencoder and FD-EffNetLite0 of generated against recorded video")
-    evaluate.add_argument("--out", default=None, metavar="FILE", help="write the scores as JSON")
-    evaluate.add_argument("--clips", type=int, default=4, help="held-out clips to generate")
+    evaluate.add_argument("--out", default=None, metavar="PATH", help="write the scores to this JSON file; with --preset a folder, which gets a report")
+    evaluate.add_argument("--clips", type=int, default=None, help="held-out clips to generate (4; with --preset all of its list, or so many evenly out of it)")
     evaluate.add_argument("--seconds", type=float, default=2.0, help="length of each")
+    evaluate.add_argument("--preset", metavar="NAME", help="clips and frames of a published protocol (mila clips lists them)")
+    evaluate.add_argument(
+        "--network", action="append", metavar="N", help="with --preset, again for more: effnet, i3d (FVD), i3d=FILE, inception=FILE (FID)"
+    )
+    report = command("report", "compare two folders of mila evaluate --preset, score by score")
+    report.add_argument("folders", nargs=2, metavar="DIR")
+    report.add_argument("--out", metavar="FILE", help="write an HTML page, too")
     drift = command("drift", "curves of how generated videos change from second to second, beside recorded ones (config.data.dir)")
     drift.add_argument("videos", nargs="+", metavar="DIR", help="folders that mila generate made; videos of one strategy are one curve")
     drift.add_argument("--out", required=True, metavar="DIR")
@@ -138,10 +145,20 @@ def _run(options, config) -> int:
         from mila_jax.ablate import ablate_command
 
         print(ablate_command(config, options.out, clips=options.clips, long_seconds=options.long, progress=progress))
+    elif options.command == "report":
+        from mila_jax.preset_scores import report_command
+
+        print(report_command(*options.folders, options.out))
+    elif options.command == "evaluate" and options.preset:
+        from mila_jax.preset_scores import preset_command
+
+        if not options.out:
+            raise UserError("--out is not set; mila evaluate --preset wants a folder for scores and report")
+        print(preset_command(config, options.preset, options.out, networks=options.network, limit=options.clips or 0, progress=progress))
     elif options.command == "evaluate":
         from mila_jax.scores import evaluate_command
 
-        evaluate_command(config, clips=options.clips, seconds=options.seconds, out=options.out, progress=progress)
+        evaluate_command(config, clips=4 if options.clips is None else options.clips, seconds=options.seconds, out=options.out, progress=progress)
     return 0
 
 

@@ -119,7 +119,8 @@ def forward(params, x):
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _features(params, images, size):
+def features(params, images, size):
+    """Features [n, 1280] of uint8 images [n, H, W, 3], with the preprocessing of this file's head."""
     x = images.astype(jnp.float32)
     x = jax.image.resize(x, (x.shape[0], size, size, 3), "bilinear", antialias=True)
     return forward(params, (x - 127.0) / 128.0)[0]
@@ -152,5 +153,5 @@ class FeatureExtractor:
             part = images[start : start + self.chunk]
             missing = self.chunk - len(part)
             filled = np.concatenate([part, np.repeat(part[-1:], missing, 0)]) if missing else part
-            out.append(np.asarray(_features(self._params, filled, self.size))[: len(part)])
+            out.append(np.asarray(features(self._params, filled, self.size))[: len(part)])
         return np.concatenate(out)

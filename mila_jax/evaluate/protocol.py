@@ -1,0 +1,113 @@
+"""The protocol of a score: what has to be equal before two numbers may be compared, printed and stored with every one of them.
+
+And the scores themselves, with sanity values beside them: what equal distributions give at this number of clips (halves of the real ones),
+and what a broken video gives (the real frames shuffled in time, or the first one repeated).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from mila_jax.evaluate import frechet
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """frames: in a scored clip; first: number of the first one of them, 0 being the first given frame; given: frames that the model was given;
+    views: front or multi; real: where the real frames come from; clips: their list's name, clips_sha256: its hash."""
+
+    score: str
+    network: str
+    network_sha256: str
+    preprocessing: str
+    views: str
+    frames: int
+    first: int
+    given: int
+    fps: float
+    image_size: tuple[int, int]
+    real: str
+    n_real: int
+    n_fake: int
+    clips: str
+    clips_sha256: str
+    seed: int
+
+    def text(self) -> str:
+        """The card in two lines."""
+        last = self.first + self.frames - 1
+        return (
+            f"{self.score} {self.views}: {self.network} (SHA-256 {self.network_sha256[:12]}), {self.preprocessing}; frames {self.first} to {last} of "
+            f"{self.image_size[0]}×{self.image_size[1]} at {self.fps:g} Hz, {self.given} given;\n"
+            f"{self.n_fake} generated against {self.n_real} real ({self.real}); clips {self.clips} (SHA-256 {self.clips_sha256[:12]}), seed {self.seed}"
+        )
+
+    def differences(self, other: "Card") -> list[str]:
+        """Names of the fields in which two cards differ so that their scores cannot be compared; the seed alone may differ."""
+        mine, yours = ({k: tuple(v) if isinstance(v, list) else v for k, v in dataclasses.asdict(card).items()} for card in (self, other))
+        return [key for key in mine if key != "seed" and mine[key] != yours[key]]
+
+
+def disturbed(frames, seed: int) -> dict:
+    """Broken versions of a real clip uint8 [v, t, H, W, 3]: `shuffled` in time, and `frozen` (its first frame repeated)."""
+    order = np.random.default_rng(seed).permutation(frames.shape[1])
+    return {"shuffled": frames[:, order], "frozen": np.repeat(frames[:, :1], frames.shape[1], 1)}
+
+
+class Statistics:
+    """Mean and covariance of features that come in parts, in float64; the parts are not kept."""
+
+    def __init__(self):
+        self.count, self.mean, self.scatter = 0, 0.0, 0.0
+
+    def add(self, features) -> "Statistics":
+        """Takes in features [n, d]; exact, whatever the parts (Chan, Golub and LeVeque 1979)."""
+        features = np.asarray(features, np.float64)
+        n, mean = len(features), features.mean(0)
+        centred, gap, total = features - mean, mean - self.mean, self.count + n
+        self.scatter = self.scatter + centred.T @ centred + np.outer(gap, gap) * (self.count * n / total)
+        self.mean = self.mean + gap * (n / total)
+        self.count = total
+        return self
+
+    def gaussian(self):
+        """(mean [d], unbiased covariance [d, d]). Raises ValueError for fewer than two samples."""
+        if self.count < 2:
+            raise ValueError("statistics of fewer than two samples")
+        return self.mean, self.scatter / (self.count - 1)
+
+
+def distance(real: Iterable, fake: Iterable) -> float:
+    """Fréchet distance of two sets of features that come clip by clip, [n, d] each; memory is of one clip's and of the covariances."""
+    sides = []
+    for parts in (real, fake):
+        statistics = Statistics()
+        for features in parts:
+            statistics.add(features)
+        sides += statistics.gaussian()
+    return frechet.frechet_distance_of_gaussians(*sides)
+
+
+def kernel_distance(real: list, fake: list, *, subset: int = 1000, subsets: int = 20, seed: int = 0) -> float:
+    """Kernel distance (KID, or MMD of video features) with the cubic kernel, mean over random subsets; unbiased at any number of clips."""
+    real, fake = (np.concatenate([np.asarray(f, np.float64) for f in side]) for side in (real, fake))
+    size = min(subset, len(real), len(fake))
+    rng = np.random.default_rng(seed)
+    draws = subsets if size < max(len(real), len(fake)) else 1
+    values = [frechet.kernel_distance(*(side[rng.choice(len(side), size, replace=False)] for side in (real, fake))) for _ in range(draws)]
+    return float(np.mean(values))
+
+
+def score(real: list, fake: list, broken: dict | None = None) -> dict:
+    """One row: the distance of generated to real features and its sanity values.
+
+    real, fake: features [n, d] of each clip; broken: name → the same for broken versions of the real clips (`disturbed`). Halves are the
+    even and the odd clips, so each has half as many and a distance that is biased upwards the more.
+    """
+    row = {"distance": distance(real, fake), "kernel distance": kernel_distance(real, fake)}
+    if len(real) > 1:
+        row["real halves"] = distance(real[0::2], real[1::2])
+    for name, features in (broken or {}).items():
+        row[f"real {name}"] = distance(real, features)
+    return row
