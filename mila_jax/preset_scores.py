@@ -203,7 +203,8 @@ def _row(bench: PresetBench, network: Network, view: str, cells, clips) -> dict:
 def _write_report(out: pathlib.Path, record: dict, shown: int) -> pathlib.Path:
     report = Report(f"Scores, {record['preset']}")
     report.add_text(f"{record['rule']}. Weights {record['weights_sha256'][:12]}. Clips that could not be had: {record['dropped'] or 'none'}.")
-    table = [{"score": r["card"]["score"], "views": r["card"]["views"], **{k: v for k, v in r.items() if k != "card"}} for r in record["scores"]]
+    columns = list(dict.fromkeys(key for row in record["scores"] for key in row if key != "card"))
+    table = [{"score": r["card"]["score"], "views": r["card"]["views"], **{key: r.get(key, "") for key in columns}} for r in record["scores"]]
     report.add_table(table, caption="Distances, lower is better; beside them what halves of the real clips and broken real clips have")
     report.add_text("Temporal flickering as in VBench (higher is calmer; a still picture has 1): " + ", ".join(f"{k} {v:.4f}" for k, v in record["temporal_flickering"].items()))
     for row in record["scores"]:

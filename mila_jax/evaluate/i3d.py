@@ -34,6 +34,7 @@ _MIXED = {
 _PACKAGE_NAMES = {
     "b0": "Branch_0/Conv3d_0a_1x1", "b1a": "Branch_1/Conv3d_0a_1x1", "b1b": "Branch_1/Conv3d_0b_3x3",
     "b2a": "Branch_2/Conv3d_0a_1x1", "b2b": "Branch_2/Conv3d_0b_3x3", "b3b": "Branch_3/Conv3d_0b_1x1",
+    "logits": "Conv3d_0c_1x1",
 }  # fmt: skip
 
 
@@ -81,11 +82,12 @@ def _from_package(path):
     tree = read_pickled_arrays(path)
 
     def find(kind, name, part, leaf):
-        block, _, inner = name.partition(".")
+        block, _, inner = ("Logits", "", "logits") if name == "logits" else name.partition(".")
         at = tree.get(kind, {})
-        for key in ("Logits", "Conv3d_0c_1x1") if name == "logits" else (block, _PACKAGE_NAMES[inner]) if inner else (block,):
-            # A block may be nested or spelled "block/branch".
-            at = at.get(key, {}) if key in at else at.get(f"{block}/{key}", {})
+        if inner:  # nested, or spelled "block/branch"
+            at = at.get(f"{block}/{_PACKAGE_NAMES[inner]}") or at.get(block, {}).get(_PACKAGE_NAMES[inner], {})
+        else:
+            at = at.get(block, {})
         found = at.get(part, {}).get(leaf)
         if found is None:
             raise UserError(f"{path}: {kind}/{name}/{part}/{leaf} is missing; run: {INSTALL}")

@@ -106,7 +106,7 @@ def score(real: list, fake: list, broken: dict | None = None) -> dict:
     even and the odd clips, so each has half as many and a distance that is biased upwards the more.
     """
     row = {"distance": distance(real, fake), "kernel distance": kernel_distance(real, fake)}
-    if len(real) > 1:
+    if sum(map(len, real[1::2])) > 1:  # two samples at least on either side
         row["real halves"] = distance(real[0::2], real[1::2])
     for name, features in (broken or {}).items():
         row[f"real {name}"] = distance(real, features)

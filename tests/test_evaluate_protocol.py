@@ -1,0 +1,69 @@
+"""Protocol cards, statistics that come in parts, and scores with their sanity values."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mila_jax.evaluate import frechet, protocol
+
+CARD = protocol.Card(
+    score="FVD", network="I3D", network_sha256="ab" * 32, preprocessing="224, tf1", views="multi", frames=25, first=0, given=1, fps=12.0, image_size=(64, 112),
+    real="images", n_real=600, n_fake=600, clips="mila-600", clips_sha256="cd" * 32, seed=0,
+)  # fmt: skip
+
+
+def test_card_tells_everything_and_finds_what_differs():
+    text = CARD.text()
+    for part in ("FVD multi", "abababababab", "frames 0 to 24", "64×112", "12 Hz", "1 given", "600 generated against 600 real", "mila-600", "seed 0"):
+        assert part in text
+    assert CARD.differences(dataclasses.replace(CARD, seed=1, image_size=[64, 112])) == []
+    for field in dataclasses.fields(CARD):
+        if field.name != "seed":
+            assert CARD.differences(dataclasses.replace(CARD, **{field.name: "other"})) == [field.name]
+
+
+def test_statistics_do_not_depend_on_the_parts():
+    x = np.random.default_rng(0).normal(100, 1, (60, 5))
+    for cuts in ([], [1], [7, 8, 30]):
+        statistics = protocol.Statistics()
+        for part in np.split(x, cuts):
+            statistics.add(part)
+        mean, covariance = statistics.gaussian()
+        np.testing.assert_allclose(mean, x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-10)
+    with pytest.raises(ValueError):
+        protocol.Statistics().add(x[:1]).gaussian()
+
+
+@pytest.mark.parametrize("count", (4, 40))  # fewer and more than the 12 features
+def test_distance_is_that_of_all_features_together(count):
+    rng = np.random.default_rng(1)
+    real, fake = (rng.normal(m, 1, (count, 12)).astype(np.float32) for m in (0, 0.5))
+    want = frechet.frechet_distance(real, fake)
+    assert protocol.distance(np.split(real, 2), np.split(fake, 2)) == pytest.approx(want, rel=1e-5)
+
+
+def test_scores_rank_and_halves_are_small():
+    rng = np.random.default_rng(2)
+    real = [rng.normal(0, 1, (30, 6)) for _ in range(8)]
+    near, far = ([r + shift for r in real] for shift in (0.1, 1.0))
+    rows = [protocol.score(real, fake, {"frozen": far}) for fake in (near, far)]
+    assert rows[0]["distance"] == pytest.approx(6 * 0.01, rel=1e-6) and rows[1]["distance"] == pytest.approx(6.0, rel=1e-6) == rows[0]["real frozen"]
+    assert rows[0]["kernel distance"] < rows[1]["kernel distance"] and rows[0]["real halves"] < 0.5
+
+
+def test_kernel_distance_takes_subsets_of_both():
+    rng = np.random.default_rng(3)
+    a, b = [rng.normal(0, 1, (50, 4)) for _ in range(4)], [rng.normal(0, 1, (50, 4)) for _ in range(4)]
+    whole = frechet.kernel_distance(np.concatenate(a), np.concatenate(b))
+    assert protocol.kernel_distance(a, b) == pytest.approx(whole)
+    assert protocol.kernel_distance(a, b, subset=100, subsets=200) == pytest.approx(whole, abs=0.02)
+
+
+def test_disturbed_clips_hold_the_same_pictures():
+    clip = np.arange(2 * 6 * 4).reshape(2, 6, 2, 2, 1).astype(np.uint8)
+    broken = protocol.disturbed(clip, 0)
+    np.testing.assert_array_equal(np.sort(broken["shuffled"], 1), clip)
+    assert (broken["shuffled"] != clip).any()
+    np.testing.assert_array_equal(broken["frozen"], np.repeat(clip[:, :1], 6, 1))
