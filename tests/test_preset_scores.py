@@ -46,25 +46,25 @@ def known(monkeypatch):
 
 
 def test_scores_with_cards_resumed_and_compared(trained, tmp_path, monkeypatch):
-    page = preset_scores.preset_command(trained, "short", tmp_path / "a", limit=3, progress=False).read_text()
+    page = preset_scores.preset_command(trained, "short", tmp_path / "a", limit=4, progress=False).read_text()
     assert page.count("<video") == 3 and "Protocol" in page
     record = json.loads((tmp_path / "a" / "scores.json").read_text())
     rows = {(r["card"]["score"], r["card"]["views"]): r for r in record["scores"]}
     assert set(rows) == {(s, v) for s in ("FD-test", "FVD-test") for v in ("multi", "front")}
     card = rows["FD-test", "multi"]["card"]
-    assert (card["frames"], card["first"], card["given"], card["n_real"], card["real"]) == (10, 1, 1, 3, "images")
+    assert (card["frames"], card["first"], card["given"], card["n_real"], card["real"]) == (10, 1, 1, 4, "images")
     assert rows["FVD-test", "front"]["card"]["frames"] == 11
     assert all(np.isfinite(r["distance"]) and "real halves" in r and "real frozen" in r for r in rows.values())
     assert rows["FVD-test", "multi"]["real frozen"] > 0 and rows["FVD-test", "multi"]["real shuffled"] >= 0
 
     # One clip's file is lost: only that one is made again, and the scores are the same.
     files = sorted((tmp_path / "a" / "clips").glob("*.npz"))
-    assert len(files) == 3
+    assert len(files) == 4
     files[1].unlink()
     made = []
     video = preset_scores.PresetBench.video
     monkeypatch.setattr(preset_scores.PresetBench, "video", lambda self, clip: made.append(clip) or video(self, clip))
-    preset_scores.preset_command(trained, "short", tmp_path / "a", limit=3, progress=False)
+    preset_scores.preset_command(trained, "short", tmp_path / "a", limit=4, progress=False)
     again = json.loads((tmp_path / "a" / "scores.json").read_text())
     assert len(made) == 1
     for before, after in zip(record["scores"], again["scores"]):
