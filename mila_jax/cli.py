@@ -78,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--network", action="append", metavar="N", help="with --preset, again for more: effnet, i3d (FVD), i3d=FILE, inception=FILE (FID)"
     )
+    export = command("export", "generated videos as a nuScenes data set, or as the folder that ACT-Bench scores")
+    export.add_argument("videos", nargs="+", metavar="DIR", help="folders that mila generate made")
+    export.add_argument("--format", required=True, metavar="F", help="nuscenes or act-bench")
+    export.add_argument("--size", metavar="HxW", help="enlarge pictures, 900x1600 is nuScenes' own size")
+    export.add_argument("--out", required=True, metavar="DIR")
     report = command("report", "compare two folders of mila evaluate --preset, score by score")
     report.add_argument("folders", nargs=2, metavar="DIR")
     report.add_argument("--out", metavar="FILE", help="write an HTML page, too")
@@ -145,6 +150,11 @@ def _run(options, config) -> int:
         from mila_jax.ablate import ablate_command
 
         print(ablate_command(config, options.out, clips=options.clips, long_seconds=options.long, progress=progress))
+    elif options.command == "export":
+        from mila_jax.export import export_command, parse_size
+
+        size = parse_size(options.size) if options.size else None
+        print(export_command(config, options.videos, options.out, format_=options.format, size=size))
     elif options.command == "report":
         from mila_jax.preset_scores import report_command
 

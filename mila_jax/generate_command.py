@@ -78,7 +78,7 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     arrays = {"latents": video.latents[0], "anchors": video.anchors, "corrected": video.corrected}
     arrays = {name: np.asarray(value if name == "latents" else value[0], np.float16) for name, value in arrays.items() if value is not None}
     arrays["poses"] = start.trajectory.at(np.arange(1, length + 1) / FRAME_RATE)  # commanded, at each frame; x, y, yaw
-    np.savez(out / "latents.npz", views=np.array(VIEWS), **arrays)
+    np.savez(out / "latents.npz", views=np.array(VIEWS), intrinsics=start.intrinsics, extrinsics=start.extrinsics, **arrays)
     plan = job.plan
     summary = {
         "seconds": options.seconds, "frames": plan.frames, "text": start.description, "waypoints": options.waypoints or "scene", "seed": options.seed,
