@@ -100,9 +100,9 @@ def test_streaming_gives_the_bits_of_one_call(trained):
     assert all(np.array_equal(a, b) for a, b in zip(generator.with_config(several).stream(job), windows, strict=True))
     recurrent = config.copy_and_resolve_references()
     recurrent.generate.strategy, recurrent.window.tpd_strength, recurrent.generate.shift = "recurrent", 0.0, 0.0
-    programs = generator._advance._cache_size()
+    programs = generator._program.advance._cache_size()
     other = generator.with_config(recurrent)
-    assert len(list(other.stream(other.job([start], 40)))) == 7 and generator._advance._cache_size() == programs  # nothing was compiled
+    assert len(list(other.stream(other.job([start], 40)))) == 7 and generator._program.advance._cache_size() == programs  # nothing was compiled
     assert other.options.shift == pytest.approx(np.sqrt(32 * 48 / 512**2 * 8))
     with pytest.raises(ValueError, match="guidance"):
         recurrent.generate.guidance_text = 2.0
