@@ -148,9 +148,10 @@ class Generator:
         rows = pad_rows(jax.tree.map(lambda leaf: leaf[first : first + count], job.rows), capacity)
         return self.model.params, state, rows, job.tables, job.shared, job.key, np.int32(count)
 
-    def lower(self, job: Job):
-        """The program that makes the whole video in one call, lowered: for its compile time and memory."""
-        return self._program.lower(*self.arguments(job, 0, job.windows, job.windows, self.state(job)))
+    def lower(self, job: Job, windows: int | None = None):
+        """The program that makes the first `windows` windows (None: all) in one call, lowered: for its compile time and memory."""
+        windows = windows or job.windows
+        return self._program.lower(*self.arguments(job, 0, windows, windows, self.state(job)))
 
     def __call__(self, start: list[Start], frames: int, seed: int = 0, *, anchors=None) -> tuple[Rollout, RolloutPlan]:
         """Latents [b, v, frames, h, w, c] (normalised) as NumPy, and the plan; see `job`. One call of one program.

@@ -14,6 +14,7 @@ MANOEUVRES = ("straight", "left", "right", "stop")
 COLUMNS = ("t", "x", "y", "yaw")
 FASTEST = 60.0  # m/s
 QUICKEST_TURN = 2.0  # rad/s; cars turn at most half as fast
+LONGEST = 3600.0  # seconds; longer drives are taken for milliseconds
 WIDEST_GAP = 1.0  # seconds; evenly wide steps may be wider, what lies between is a straight line
 
 
@@ -88,6 +89,8 @@ def check_driveable(trajectory: Trajectory, source: str) -> Trajectory:
     steps = np.diff(times)
     if not len(steps):
         return trajectory
+    if times[-1] - times[0] > LONGEST:
+        raise UserError(f"{source} has a t from {times[0]:g} to {times[-1]:g} s, over an hour; t is in seconds")
     gaps = np.flatnonzero(steps > max(WIDEST_GAP, 2.5 * np.median(steps)))
     if len(gaps):
         at = gaps[0]

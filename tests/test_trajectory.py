@@ -78,6 +78,7 @@ def test_motion_that_no_car_can_drive_names_what_is_wrong():
     assert len(_drive(half, straight).times) == 10
     _drive([0, 30], [[0, 0, 0], [200, 0, 0]])  # evenly wide steps are no gap
     for times, poses, match in [
+        (half * 1e3, straight, "from 0 to 4500 s, over an hour; t is in seconds"),
         (half * 1e-3, straight, "8000 m/s from t = 0 to 0.0005 s .* seconds"),
         (np.delete(half, [3, 4, 5]), np.delete(straight, [3, 4, 5], 0), "gap in t from 1 to 3 s"),
         (half, straight * 1000, "metres"),
