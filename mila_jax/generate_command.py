@@ -34,6 +34,7 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     codec = open_codec(config)
     check_fits(model, codec, options.data)
     decoder, generator = open_decoder(codec, config), Generator(model, config)
+    model = generator.model  # with its parameters on the mesh; the others can go
     start = find_start(model, config, codec, options)
     job = generator.job([start], length, options.seed)
     if options.explain:

@@ -51,10 +51,10 @@ def generation_mesh(sizes, samples: int, devices=None) -> Mesh:
         most = axis_sizes(sizes, len(devices))["data"]
         sizes.data = most if jax.process_count() > 1 else max(n for n in range(1, most + 1) if samples % n == 0)
         devices = devices[: sizes.data * others]
-    mesh = make_mesh(sizes, devices)
-    if samples % mesh.shape["data"]:
-        raise UserError(f"mesh.data={mesh.shape['data']} does not divide {samples} sample(s) (videos × guidance passes); set mesh.data=-1, or use mesh.context")
-    return mesh
+    data = axis_sizes(sizes, len(devices))["data"]
+    if samples % data:
+        raise UserError(f"mesh.data={data} does not divide {samples} sample(s) (videos × guidance passes); set mesh.data=-1, or use mesh.context")
+    return make_mesh(sizes, devices)
 
 
 def generation_rules(config, dit: DiTConfig, mesh: Mesh, samples: int, frames: int, tokens: int) -> dict:
