@@ -93,7 +93,7 @@ class Layout:
     videos: int
 
     @property
-    def _batch(self) -> str | None:
+    def batch(self) -> str | None:
         """Logical name of the axis of videos; None where guidance passes are split but videos are too few."""
         with use_rules(**self.rules):
             parts = math.prod(self.mesh.shape[axis] for axis in mesh_axes("batch"))
@@ -116,12 +116,12 @@ class Layout:
     @property
     def windows(self) -> NamedSharding:
         """Of windows `[W, b, v, t, h, w, c]`."""
-        return self._named(None, self._batch, None, "frames")
+        return self._named(None, self.batch, None, "frames")
 
     @property
     def state(self) -> State:
         """Of the state between windows, whose few frames are not split."""
-        frames, anchors = self._named(self._batch), self._named(None, self._batch)
+        frames, anchors = self._named(self.batch), self._named(None, self.batch)
         return State(frames, frames, anchors)
 
     def parameters(self, params):
@@ -161,7 +161,7 @@ class RolloutProgram:
     def __init__(self, network: Network, generate, layout: Layout, parameters):
         """generate: the config's section; parameters: their shardings."""
         whole, state = layout.whole, layout.state
-        function = functools.partial(_advance, network=network, generate=generate, batch=layout._batch)
+        function = functools.partial(_advance, network=network, generate=generate, batch=layout.batch)
         self.layout = layout
         self.advance = jax.jit(
             with_rules(layout.rules, function), donate_argnums=1, in_shardings=(parameters, state, whole, whole, whole, whole, whole),

@@ -103,6 +103,10 @@ def check_driveable(trajectory: Trajectory, source: str) -> Trajectory:
             f"{source} has x, y that move at {speed[at]:.0f} m/s from t = {times[at]:g} to {times[at + 1]:g} s (at most {FASTEST:g}); "
             "t is in seconds, x and y are in metres"
         )
+    jumps = np.abs(np.diff(poses[:, 2]))
+    if jumps.max() > np.pi and np.abs(poses[:, 2]).max() > 2 * np.pi:  # neither kept within a turn nor counted on beyond it
+        at = int(jumps.argmax())
+        raise UserError(f"{source} has a yaw that goes from {poses[at, 2]:g} to {poses[at + 1, 2]:g} at t = {times[at + 1]:g} s; yaw is in radians")
     turning = np.abs(np.diff(np.unwrap(poses[:, 2]))) / steps
     quick = np.flatnonzero(turning > QUICKEST_TURN)
     if len(quick):
