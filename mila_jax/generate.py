@@ -2,27 +2,21 @@
 
 import copy
 import dataclasses
-import functools
 import pathlib
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mila_jax.decode import decode_frames  # noqa: F401 (a part of this module's interface)
 from mila_jax.errors import UserError
-from mila_jax.flow.guidance import guided
 from mila_jax.flow.plan import RolloutPlan, Windows, plan_rollout
-from mila_jax.flow.rollout import (
-    Rollout, Rows, SamplerOptions, State, Tables, advance, after_window, collect, make_rows, make_tables, pad_rows, start_state,
-)  # fmt: skip
+from mila_jax.flow.rollout import Rollout, Rows, SamplerOptions, State, Tables, collect, make_rows, make_tables, pad_rows, start_state
 from mila_jax.flow.timeshift import shift_ratio
-from mila_jax.model import conditions as conditions_module
 from mila_jax.model.conditions import Conditions
-from mila_jax.model.network import make_velocity
 from mila_jax.model.weights import SHIPPED, WorldModel
 from mila_jax.prepare import describe_data
+from mila_jax.rollout_program import Layout, Network, RolloutProgram, evaluations, generation_mesh, generation_rules
 from mila_jax.start import FRAME_RATE, Start
 from mila_jax.views import VIEWS
 
@@ -80,26 +74,10 @@ def shared_conditions(start: list[Start], frames: int) -> Conditions:
     )
 
 
-def generation_velocity(graphdef, params, dit, prior, generate):
-    """The velocity that windows are denoised with: the network, guided as the config's `generate` section says."""
-    velocity = make_velocity(graphdef, params, dit, prior)
-    drops = (conditions_module.drop_text, conditions_module.drop_waypoints)
-    return guided(velocity, drops, (generate.guidance_text, generate.guidance_waypoints), batched=generate.guidance_batched)
-
-
-def _advance(params, state, rows, tables, shared, key, count, *, model, guidance):
-    """`flow.rollout.advance` with the network of a `WorldModel`; `guidance`: the config's `generate` section."""
-    velocity = generation_velocity(model.graphdef, params, model.dit, model.prior, guidance)
-
-    def windowed(latents, levels, window):
-        return velocity(latents, levels, shared.replace(**window._asdict()))
-
-    return advance(windowed, state, rows, tables, key, count)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """A video to be made: its plan, and what goes into the program. `anchors [b, v, A, h, w, c]` if they are given, else None."""
+    """Videos to be made together: their plan, and what goes into the program, as host arrays. `anchors [b, v, A, h, w, c]` if they are given,
+    else None; `key`: the bits of a random key."""
 
     plan: RolloutPlan
     rows: Rows
@@ -107,33 +85,41 @@ class Job:
     shared: Conditions
     first: np.ndarray
     anchors: np.ndarray | None
-    key: jax.Array
+    key: np.ndarray
 
     @property
     def windows(self) -> int:
         """Number of windows to denoise."""
         return len(self.rows.kind)
 
-    def state(self) -> State:
-        """The state before the first window; a new one each time, since programs take it over."""
-        return start_state(self.first, self.plan, self.anchors)
-
 
 class Generator:
-    """A model with its sampler. One program serves all lengths, strategies, schedules and anchor settings; another number of steps,
-    frames of a window, samples or windows a call, or other guidance, is another program."""
+    """A model with its sampler, on the mesh of the config. One program serves all lengths, strategies, schedules and anchor settings; another
+    number of steps, frames of a window, samples or windows a call, or other guidance, is another program.
 
-    def __init__(self, model: WorldModel, config):
-        self.model, self.config = model, config
-        self.options = sampler_options(model, config)
-        self._advance = jax.jit(functools.partial(_advance, model=model, guidance=config.generate), donate_argnums=1)
-        self._after = jax.jit(after_window)
+    videos: how many are to be made together, which the mesh is laid out for; devices: of the mesh, default all. `model` has the parameters as
+    the mesh wants them. Raises `UserError` before anything is compiled for sizes that the mesh does not divide.
+    """
+
+    def __init__(self, model: WorldModel, config, *, videos: int = 1, devices=None):
+        self.config, self.options = config, sampler_options(model, config)
+        samples = evaluations(config.generate, videos)
+        mesh = generation_mesh(config.mesh, samples, devices)
+        layout = Layout(mesh, generation_rules(config, model.dit, mesh, samples, config.window.frames, tokens_of_view(model)), videos)
+        shardings = layout.parameters(model.params)
+        self.model = dataclasses.replace(model, params=layout.put(model.params, shardings))
+        self._program = RolloutProgram(Network(model.graphdef, model.dit, model.prior), config.generate, layout, shardings)
+
+    @property
+    def layout(self) -> Layout:
+        """The mesh, and what lies where."""
+        return self._program.layout
 
     def with_config(self, config) -> "Generator":
-        """The same model and programs with other settings, which must not change the guidance."""
+        """The same model and programs with other settings, which must change neither guidance nor mesh."""
         keys = ("guidance_text", "guidance_waypoints", "guidance_batched")
-        if any(config.generate[key] != self.config.generate[key] for key in keys):
-            raise ValueError("other guidance is another program: make a new Generator")
+        if any(config.generate[key] != self.config.generate[key] for key in keys) or config.mesh != self.config.mesh:
+            raise ValueError("other guidance, or another mesh, is another program: make a new Generator")
         other = copy.copy(self)
         other.config, other.options = config, sampler_options(self.model, config)
         return other
@@ -141,27 +127,31 @@ class Generator:
     def job(self, start: list[Start], frames: int, seed: int = 0, *, anchors=None) -> Job:
         """What makes `frames` frames after the given ones of each start; all must have equally many given frames.
 
-        anchors [b, v, A, h, w, c]: in place of those of the coarse stage. Raises `UserError` for first frames of another size.
+        anchors [b, v, A, h, w, c]: in place of those of the coarse stage. Raises `UserError` for first frames of another size, and for a number
+        of starts that the mesh does not divide.
         """
-        shape = (len(VIEWS), *self.model.data["latent_shape"])
-        for s in start:
-            found = s.first_latents.shape[:1] + s.first_latents.shape[2:]
-            if found != shape:
-                raise UserError(f"first_latents of {found} (views, rows, columns, channels) do not fit the model's {shape}; give first frames of its size")
+        check_first_frames(start, (len(VIEWS), *self.model.data["latent_shape"]))
+        self.layout.check_videos(len(start))
         plan = make_plan(self.config, frames, start[0].first_latents.shape[1])
         conditions = {stage: stage_conditions(start, windows) for stage, windows in plan.stages.items()}
         rows = make_rows(plan, conditions, skip_coarse=anchors is not None)
         first = np.stack([s.first_latents for s in start])
-        return Job(plan, rows, make_tables(plan, self.options), shared_conditions(start, plan.window), first, anchors, jax.random.key(seed))
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        return Job(plan, rows, make_tables(plan, self.options), shared_conditions(start, plan.window), first, anchors, key)
+
+    def state(self, job: Job) -> State:
+        """The state before a job's first window; a new one each time, since the program takes it over."""
+        return self.layout.put(start_state(job.first, job.plan, job.anchors), self.layout.state)
 
     def arguments(self, job: Job, first: int, count: int, capacity: int, state: State):
         """Arguments of the program for `count` windows from number `first` on, with room for `capacity`."""
         rows = pad_rows(jax.tree.map(lambda leaf: leaf[first : first + count], job.rows), capacity)
         return self.model.params, state, rows, job.tables, job.shared, job.key, np.int32(count)
 
-    def lower(self, job: Job):
-        """The program that makes the whole video in one call, lowered: for its compile time and memory."""
-        return self._advance.lower(*self.arguments(job, 0, job.windows, job.windows, job.state()))
+    def lower(self, job: Job, windows: int | None = None):
+        """The program that makes the first `windows` windows (None: all) in one call, lowered: for its compile time and memory."""
+        windows = windows or job.windows
+        return self._program.lower(*self.arguments(job, 0, windows, windows, self.state(job)))
 
     def __call__(self, start: list[Start], frames: int, seed: int = 0, *, anchors=None) -> tuple[Rollout, RolloutPlan]:
         """Latents [b, v, frames, h, w, c] (normalised) as NumPy, and the plan; see `job`. One call of one program.
@@ -170,8 +160,8 @@ class Generator:
         """
         job = self.job(start, frames, seed, anchors=anchors)
         capacity = 1 << (job.windows - 1).bit_length()
-        _, windows = self._advance(*self.arguments(job, 0, job.windows, capacity, job.state()))
-        return collect(job.plan, np.asarray(windows)[: job.windows], anchors), job.plan
+        _, windows = self._program(*self.arguments(job, 0, job.windows, capacity, self.state(job)))
+        return collect(job.plan, self.layout.fetch(windows)[: job.windows], anchors), job.plan
 
     def stream(self, job: Job, finished=()):
         """Yields the windows of a job one after the other as they are ready, NumPy [b, v, t, h, w, c]; together the bits of `__call__`.
@@ -179,19 +169,33 @@ class Generator:
         The device works on the next `generate.windows_per_call` windows while the caller has these. `finished`: first windows of an
         interrupted run, in order; they are passed on, and generation goes on behind them.
         """
-        state, number, pending = job.state(), 0, None
+        state, number, pending = self.state(job), 0, None
         for number, window in enumerate(finished, 1):
-            state = self._after(state, jax.tree.map(lambda leaf: leaf[number - 1], job.rows), window)
+            state = self._program.after(state, jax.tree.map(lambda leaf: leaf[number - 1], job.rows), window)
             yield window
         size = max(1, self.config.generate.windows_per_call)
         while number < job.windows or pending is not None:
             ready, pending = pending, None
             if number < job.windows:
                 count = min(size, job.windows - number)
-                state, windows = self._advance(*self.arguments(job, number, count, size, state))
+                state, windows = self._program(*self.arguments(job, number, count, size, state))
                 number, pending = number + count, (windows, count)
             if ready is not None:
-                yield from np.asarray(ready[0])[: ready[1]]
+                yield from self.layout.fetch(ready[0])[: ready[1]]
+
+
+def tokens_of_view(model: WorldModel) -> int:
+    """Patches of one view of one frame."""
+    rows, columns, _ = model.data["latent_shape"]
+    return -(-rows // model.dit.patch[1]) * -(-columns // model.dit.patch[2])
+
+
+def check_first_frames(start: list[Start], shape) -> None:
+    """Raises `UserError` where first latents are not of `shape` (views, rows, columns, channels)."""
+    for s in start:
+        found = s.first_latents.shape[:1] + s.first_latents.shape[2:]
+        if found != shape:
+            raise UserError(f"first_latents of {found} (views, rows, columns, channels) do not fit the model's {shape}; give first frames of its size")
 
 
 def find_weights(config) -> pathlib.Path:

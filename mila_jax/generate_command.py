@@ -9,15 +9,15 @@ import time
 import numpy as np
 import tqdm
 
-from mila_jax.decode import open_decoder
+from mila_jax.decode import Decoder, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import six_view_picture, view_writer
 from mila_jax.explain import describe, draw_picture
-from mila_jax.flow.rollout import KINDS, collect, new_frames
+from mila_jax.flow.rollout import KINDS, Rollout, collect, new_frames
 from mila_jax.generate import Generator, Job, check_fits, find_weights, window_settings
 from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
-from mila_jax.start import FRAME_RATE, choose_trajectory, frame_count, from_folder, from_scene
+from mila_jax.start import FRAME_RATE, Start, choose_trajectory, frame_count, from_images, from_scene, read_frames
 from mila_jax.unfinished import Unfinished
 from mila_jax.views import VIEWS
 
@@ -33,62 +33,87 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     config = window_settings(model, config)
     codec = open_codec(config)
     check_fits(model, codec, options.data)
+    decoder, generator = open_decoder(codec, config), Generator(model, config)
+    model = generator.model  # with its parameters on the mesh; the others can go
     start = find_start(model, config, codec, options)
-    generator = Generator(model, config)
     job = generator.job([start], length, options.seed)
     if options.explain:
         print(describe(job.plan, job.tables, generator.options))
         draw_picture(out / "schedule.png", job.plan, job.tables)
         return out / "schedule.png"
-    decoder = open_decoder(codec, config)
     kept = Unfinished(out / "unfinished", identity(generator, job, codec, start, options.seed))
-    shape = (1, len(VIEWS), job.plan.window, *model.data["latent_shape"])
-    began = time.monotonic()
-    windows, resumed = [], 0
-
-    def frames():
-        nonlocal resumed
-        with tqdm.tqdm(total=job.windows, unit="window", desc="generate", disable=not progress) as bar:
-            finished = list(kept.read(shape))[: job.windows]
-            resumed = len(finished)
-            shown = made = 0
-            for number, window in enumerate(generator.stream(job, finished)):
-                if number >= resumed:
-                    kept.write(number, window)
-                windows.append(window)
-                stage = KINDS[int(job.rows.kind[number])]
-                new = new_frames(job.plan, int(job.rows.kind[number]), window)[0][:, : length - shown]
-                for frame in decoder(new) if new.shape[1] else ():
-                    shown += 1
-                    yield frame
-                made += new.shape[1] if number >= resumed else 0
-                rate = made / (time.monotonic() - began)
-                bar.set_postfix_str("anchors" if stage == "coarse" else f"frame {shown} of {length}, {rate:.1f} frames/s")
-                bar.update()  # all windows cost the same, so the time left is told from the first one on
-
-    scale = _display_scale(model.data["image_size"])
-    with contextlib.ExitStack() as stack:
-        together = stack.enter_context(view_writer(out / "video.mp4", FRAME_RATE))
-        each = [stack.enter_context(view_writer(out / f"{name}.mp4", FRAME_RATE)) for name in (VIEWS if options.per_view else ())]
-        for frame in frames():
-            together(six_view_picture(frame, scale, labels=True))
-            for view, add in enumerate(each):
-                add(frame[view])
-    video = collect(job.plan, np.stack(windows))
-    arrays = {"latents": video.latents[0], "anchors": video.anchors, "corrected": video.corrected}
-    arrays = {name: np.asarray(value if name == "latents" else value[0], np.float16) for name, value in arrays.items() if value is not None}
-    arrays["poses"] = start.trajectory.at(np.arange(1, length + 1) / FRAME_RATE)  # commanded, at each frame; x, y, yaw
-    np.savez(out / "latents.npz", views=np.array(VIEWS), intrinsics=start.intrinsics, extrinsics=start.extrinsics, **arrays)
-    plan = job.plan
+    making = Making(generator, job, decoder, kept)
+    write_videos(out, making.frames(progress), _display_scale(model.data["image_size"]), options.per_view)
+    save_latents(out / "latents.npz", collect(job.plan, np.stack(making.windows)), start)
     summary = {
-        "seconds": options.seconds, "frames": plan.frames, "text": start.description, "waypoints": options.waypoints or "scene", "seed": options.seed,
-        "strategy": plan.strategy, "weights_sha256": model.sha256, "generate_seconds": round(time.monotonic() - began, 1), "steps": config.generate.steps,
-        "windows": job.windows, "windows_resumed": resumed, "anchors": plan.anchors, "sampler": dataclasses.asdict(generator.options),
-        "window": plan.window, "conditioning": plan.conditioning, "anchor_stride": plan.anchor_stride,
+        "seconds": options.seconds, "text": start.description, "waypoints": options.waypoints or "scene", "seed": options.seed, **making.summary(),
     }  # fmt: skip
     (out / "generate.json").write_text(json.dumps(summary, indent=1))
     kept.remove()
     return out / "video.mp4"
+
+
+@dataclasses.dataclass
+class Making:
+    """A video while it is made: its windows so far, of which the first `resumed` were found on disk; `began`: when it was begun."""
+
+    generator: Generator
+    job: Job
+    decoder: Decoder
+    kept: Unfinished
+    windows: list = dataclasses.field(default_factory=list)
+    resumed: int = 0
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    def frames(self, progress: bool):
+        """Yields the frames uint8 [v, H, W, 3] of the video; each window is kept on disk before its frames are decoded."""
+        job, made, shown = self.job, 0, 0
+        shape = (1, len(VIEWS), job.plan.window, *self.generator.model.data["latent_shape"])
+        finished = list(self.kept.read(shape))[: job.windows]
+        self.resumed = len(finished)
+        with tqdm.tqdm(total=job.windows, unit="window", desc="generate", disable=not progress) as bar:
+            for number, window in enumerate(self.generator.stream(job, finished)):
+                if number >= self.resumed:
+                    self.kept.write(number, window)
+                self.windows.append(window)
+                kind = int(job.rows.kind[number])
+                new = new_frames(job.plan, kind, window)[0][:, : job.plan.frames - shown]
+                if new.shape[1]:
+                    yield from self.decoder(new)
+                shown += new.shape[1]
+                made += new.shape[1] if number >= self.resumed else 0
+                rate = made / (time.monotonic() - self.began)
+                bar.set_postfix_str("anchors" if KINDS[kind] == "coarse" else f"frame {shown} of {job.plan.frames}, {rate:.1f} frames/s")
+                bar.update()  # all windows cost the same, so the time left is told from the first one on
+
+    def summary(self) -> dict:
+        """How it was made, as plain values."""
+        plan, generator = self.job.plan, self.generator
+        return {
+            "frames": plan.frames, "strategy": plan.strategy, "weights_sha256": generator.model.sha256, "steps": generator.options.steps,
+            "generate_seconds": round(time.monotonic() - self.began, 1), "windows": self.job.windows, "windows_resumed": self.resumed,
+            "anchors": plan.anchors, "sampler": dataclasses.asdict(generator.options), "window": plan.window, "conditioning": plan.conditioning,
+            "anchor_stride": plan.anchor_stride, "mesh": dict(generator.layout.mesh.shape),
+        }  # fmt: skip
+
+
+def write_videos(out: pathlib.Path, frames, scale: float, per_view: bool) -> None:
+    """Writes video.mp4 of all six views, and one mp4 of each if asked for, as the frames come."""
+    with contextlib.ExitStack() as stack:
+        together = stack.enter_context(view_writer(out / "video.mp4", FRAME_RATE))
+        each = [stack.enter_context(view_writer(out / f"{name}.mp4", FRAME_RATE)) for name in (VIEWS if per_view else ())]
+        for frame in frames:
+            together(six_view_picture(frame, scale, labels=True))
+            for view, add in enumerate(each):
+                add(frame[view])
+
+
+def save_latents(path: pathlib.Path, video: Rollout, start: Start) -> None:
+    """Writes the latents of the first video [v, t, h, w, c], its anchors before and after correction, the commanded poses (x, y, yaw), the rig."""
+    arrays = {"latents": video.latents, "anchors": video.anchors, "corrected": video.corrected}
+    arrays = {name: np.asarray(value[0], np.float16) for name, value in arrays.items() if value is not None}
+    poses = start.trajectory.at(np.arange(1, video.latents.shape[2] + 1) / FRAME_RATE)
+    np.savez(path, views=np.array(VIEWS), poses=poses, intrinsics=start.intrinsics, extrinsics=start.extrinsics, **arrays)
 
 
 def writable_folder(path) -> pathlib.Path:
@@ -104,24 +129,30 @@ def writable_folder(path) -> pathlib.Path:
 
 
 def find_start(model, config, codec, options):
-    """The `Start` that the options ask for: from a scene of an encoded data set, or from a folder of images."""
+    """The `Start` that the options ask for: from a scene of an encoded data set, or from a folder of images.
+
+    Everything is checked before the first image is encoded, which is what first compiles.
+    """
     from data_pipeline.clips import read_scene
     from mila_jax.model.text import make_text_encoder
 
-    given = config.window.conditioning
-    text_length = model.data["text_shape"][0]
+    def text_encoder():
+        return make_text_encoder(model.data["text_encoder"], model.data["text_shape"][0], config.text.get("path"), config.text.get("tokenizer"))
+
+    given, known = config.window.conditioning, options.waypoints != "none"
     if options.data:
         if not options.scene:
             raise UserError("--scene is not set; mila prepare's index.json lists the scenes of a data set")
         start, _ = from_scene(read_scene(options.data, options.scene), options.start, given)
+        trajectory = choose_trajectory(options.waypoints, start.trajectory, options.seconds, options.speed)
         if options.text is not None:
-            tokens, mask = make_text_encoder(model.data["text_encoder"], text_length, config.text.get("path"), config.text.get("tokenizer")).encode([options.text])
+            tokens, mask = text_encoder().encode([options.text])
             start = dataclasses.replace(start, text=tokens[0], text_mask=mask[0], description=options.text)
-    else:
-        encoder = make_text_encoder(model.data["text_encoder"], text_length, config.text.get("path"), config.text.get("tokenizer"))
-        start = from_folder(options.frames, codec, encoder, model.data["image_size"], given, options.text or "")
-    trajectory = choose_trajectory(options.waypoints, start, options.seconds, options.speed, bool(options.data))
-    return dataclasses.replace(start, trajectory=trajectory, waypoints_known=options.waypoints != "none")
+        return dataclasses.replace(start, trajectory=trajectory, waypoints_known=known)
+    images = read_frames(options.frames, model.data["image_size"])[:, -given:]
+    trajectory = choose_trajectory(options.waypoints, None, options.seconds, options.speed)
+    start = from_images(images, codec, text_encoder(), trajectory, options.text or "")
+    return dataclasses.replace(start, waypoints_known=known)
 
 
 def identity(generator: Generator, job: Job, codec, start, seed: int) -> dict:

@@ -111,11 +111,10 @@ def _image_size(path) -> tuple[int, int]:
         raise UserError(f"--frames: {path} is not a readable image ({error}); replace the file") from None
 
 
-def from_folder(folder, codec, text_encoder, image_size, given: int, text: str) -> "Start":
-    """Start from a folder of images (see `read_frames`) with the reference rig; the last `given` frames are used."""
+def from_images(images, codec, text_encoder, trajectory: Trajectory, text: str) -> "Start":
+    """Start from images uint8 [v, g, H, W, 3] of the reference rig (see `read_frames`), g given frames."""
     from data_pipeline.simulator.rig import load_rig
 
-    images = read_frames(folder, image_size)[:, -given:]
     v, g = images.shape[:2]
     latents = codec.encode(images.reshape((v * g,) + images.shape[2:]))
     latents = (latents - codec.shift) / codec.scale
@@ -124,7 +123,7 @@ def from_folder(folder, codec, text_encoder, image_size, given: int, text: str) 
     return Start(
         first_latents=latents.reshape((v, g) + latents.shape[1:]), intrinsics=np.asarray(rig.intrinsics, np.float32),
         extrinsics=np.concatenate([rig.translation, rig.quaternion], -1).astype(np.float32),
-        trajectory=manoeuvre("straight", 1.0), text=tokens[0], text_mask=mask[0], description=text,
+        trajectory=trajectory, text=tokens[0], text_mask=mask[0], description=text,
     )  # fmt: skip
 
 
@@ -148,8 +147,8 @@ def covering(trajectory: Trajectory, seconds: float, source: str) -> Trajectory:
     return trajectory
 
 
-def choose_trajectory(name: str | None, start: Start, seconds: float, speed: float, from_data: bool) -> Trajectory:
-    """The trajectory that `--waypoints` names; `from_data`: the start has a recorded one.
+def choose_trajectory(name: str | None, recorded: Trajectory | None, seconds: float, speed: float) -> Trajectory:
+    """The trajectory that `--waypoints` names. recorded: the scene's, None where nothing is recorded (`--frames`).
 
     none: straight on at the speed so far (`--speed` where nothing is recorded). Raises `UserError` for an unknown name, for a file that
     does not reach from 0 to the end of the video, and for one that no car can drive.
@@ -157,11 +156,11 @@ def choose_trajectory(name: str | None, start: Start, seconds: float, speed: flo
     if not 0 <= speed <= FASTEST:
         raise UserError(f"--speed={speed:g} must lie between 0 and {FASTEST:g} m/s")
     if name in (None, "scene"):
-        if not from_data:
+        if recorded is None:
             raise UserError(f"--waypoints must be given with --frames: a .csv or .json file, none, or one of {', '.join(MANOEUVRES)}")
-        return covering(check_driveable(start.trajectory, "the scene's recorded drive"), seconds, "the scene's recorded drive")
+        return covering(check_driveable(recorded, "the scene's recorded drive"), seconds, "the scene's recorded drive")
     if name == "none":
-        return coasting(start.trajectory) if from_data else manoeuvre("straight", seconds + 10, speed)
+        return manoeuvre("straight", seconds + 10, speed) if recorded is None else coasting(recorded)
     if name.endswith((".csv", ".json")):
         return covering(check_driveable(read_trajectory(name), f"--waypoints={name}"), seconds, f"--waypoints={name}")
     return manoeuvre(name, seconds + 10, speed)

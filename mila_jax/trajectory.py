@@ -14,6 +14,7 @@ MANOEUVRES = ("straight", "left", "right", "stop")
 COLUMNS = ("t", "x", "y", "yaw")
 FASTEST = 60.0  # m/s
 QUICKEST_TURN = 2.0  # rad/s; cars turn at most half as fast
+LONGEST = 3600.0  # seconds; longer drives are taken for milliseconds
 WIDEST_GAP = 1.0  # seconds; evenly wide steps may be wider, what lies between is a straight line
 
 
@@ -88,6 +89,8 @@ def check_driveable(trajectory: Trajectory, source: str) -> Trajectory:
     steps = np.diff(times)
     if not len(steps):
         return trajectory
+    if times[-1] - times[0] > LONGEST:
+        raise UserError(f"{source} has a t from {times[0]:g} to {times[-1]:g} s, over an hour; t is in seconds")
     gaps = np.flatnonzero(steps > max(WIDEST_GAP, 2.5 * np.median(steps)))
     if len(gaps):
         at = gaps[0]
@@ -100,6 +103,10 @@ def check_driveable(trajectory: Trajectory, source: str) -> Trajectory:
             f"{source} has x, y that move at {speed[at]:.0f} m/s from t = {times[at]:g} to {times[at + 1]:g} s (at most {FASTEST:g}); "
             "t is in seconds, x and y are in metres"
         )
+    jumps = np.abs(np.diff(poses[:, 2]))
+    if jumps.max() > np.pi and np.abs(poses[:, 2]).max() > 2 * np.pi:  # neither kept within a turn nor counted on beyond it
+        at = int(jumps.argmax())
+        raise UserError(f"{source} has a yaw that goes from {poses[at, 2]:g} to {poses[at + 1, 2]:g} at t = {times[at + 1]:g} s; yaw is in radians")
     turning = np.abs(np.diff(np.unwrap(poses[:, 2]))) / steps
     quick = np.flatnonzero(turning > QUICKEST_TURN)
     if len(quick):

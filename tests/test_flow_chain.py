@@ -57,3 +57,29 @@ def test_windows_without_anchors_give_the_law_of_continuation():
     np.testing.assert_allclose((video[1] - video[0]).mean(axis=-1), regression[:, 0], atol=0.02)
     law = covariance[1:, 1:] - regression @ regression.T
     assert np.linalg.norm(np.cov(video[0]) - law) < 0.06 * np.linalg.norm(law)
+
+
+def _corrected(a, wrong, sigma_a=0.4, frames=9):
+    """Relative error of the joint law of frames 1 … 8 given frame 0, in a video of one window of an AR(1) process. The anchor at its end is wrong
+    by `wrong` (eq. 8), and taken to be wrong by `a`."""
+    plan = plan_rollout(frames - 1, window=frames, conditioning=1)
+    covariance, grid = ar1(frames), (64, 64, 16)
+    nothing = np.zeros((1, 2), np.float32)
+
+    def generate(anchors):
+        keys = jnp.stack([jax.random.key(1)] * 2)
+        options = SamplerOptions(steps=200, alpha=0.5, a=a, sigma_a=sigma_a)
+        first = jnp.zeros((2, 1, 1, *grid))
+        return rollout(linear_velocity(jnp.asarray(covariance, jnp.float32)), first, plan, None, nothing, keys, options, anchors=anchors).latents
+
+    anchors = jnp.arange(2.0)[:, None, None, None, None, None] * jnp.ones((1, 1, *grid))  # the same noise for an anchor of 0 and of 1
+    video = np.asarray(jax.jit(generate, compiler_options=QUICK)(anchors), np.float64).reshape(2, frames - 1, -1)
+    response = (video[1] - video[0]).mean(axis=-1)
+    truth = covariance[1:, 1:] - np.outer(covariance[1:, 0], covariance[0, 1:])
+    law = np.cov(video[0]) + ((1 - wrong) ** 2 * truth[-1, -1] + wrong**2) * np.outer(response, response)
+    return np.linalg.norm(law - truth) / np.linalg.norm(truth)
+
+
+def test_a_video_with_a_corrected_anchor_has_the_joint_law():
+    assert _corrected(0.2, 0.2) < 0.02
+    assert _corrected(0.0, 0.2) > 0.05  # SDEdit: taken for clean

@@ -16,8 +16,10 @@ from mila_jax import cli, generate
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
 from mila_jax.flow.rollout import collect
+from mila_jax.model.autoencoder_weights import Codec
 from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
+from mila_jax.rollout_program import RolloutProgram
 from mila_jax.start import from_scene
 from mila_jax.train.loop import train
 from mila_jax.views import VIEWS
@@ -100,9 +102,9 @@ def test_streaming_gives_the_bits_of_one_call(trained):
     assert all(np.array_equal(a, b) for a, b in zip(generator.with_config(several).stream(job), windows, strict=True))
     recurrent = config.copy_and_resolve_references()
     recurrent.generate.strategy, recurrent.window.tpd_strength, recurrent.generate.shift = "recurrent", 0.0, 0.0
-    programs = generator._advance._cache_size()
+    programs = generator._program.advance._cache_size()
     other = generator.with_config(recurrent)
-    assert len(list(other.stream(other.job([start], 40)))) == 7 and generator._advance._cache_size() == programs  # nothing was compiled
+    assert len(list(other.stream(other.job([start], 40)))) == 7 and generator._program.advance._cache_size() == programs  # nothing was compiled
     assert other.options.shift == pytest.approx(np.sqrt(32 * 48 / 512**2 * 8))
     with pytest.raises(ValueError, match="guidance"):
         recurrent.generate.guidance_text = 2.0
@@ -225,14 +227,19 @@ def test_from_a_folder_of_images(trained, tmp_path):
     assert read_video(tmp_path / "b" / "video.mp4")[0].shape[0] == 6
 
 
-def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys):
+def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys, monkeypatch):
     config, name = trained
+    monkeypatch.setattr(Codec, "encode", lambda *_: pytest.fail("an image was encoded before everything was checked"))
+    monkeypatch.setattr(RolloutProgram, "__call__", lambda *_: pytest.fail("a window was begun before everything was checked"))
     data, out = f"--data={config.data.dir}", f"--out={tmp_path}/o"
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.csv").write_text("t,x,y,yaw\n0,0,0,0\n1,5,0,0\n")
     (tmp_path / "fast.csv").write_text("t,x,y,yaw\n0,0,0,0\n10,5000,0,0\n")
-    for folder in ("sizes", "shape", "lack"):
+    (tmp_path / "gap.csv").write_text("t,x,y,yaw\n" + "".join(f"{t},{8 * t},0,0\n" for t in (0, 0.5, 1, 1.5, 2, 5, 5.5, 6, 9)))
+    (tmp_path / "ms.csv").write_text("t,x,y,yaw\n0,0,0,0\n10000,80,0,0\n")
+    (tmp_path / "degrees.csv").write_text("t,x,y,yaw\n0,0,0,0\n5,20,0,20\n10,40,20,60\n")
+    for folder in ("sizes", "shape", "lack", "good"):
         (tmp_path / folder).mkdir()
         for number, view in enumerate(VIEWS[: 5 if folder == "lack" else 6]):
             size = {"sizes": (48 + number, 32), "shape": (48, 48), "lack": (48, 32)}[folder]
@@ -253,6 +260,13 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys):
         "other proportions": ["generate", f"--frames={tmp_path}/shape", "--waypoints=stop", out],
         "no images of CAM_BACK_LEFT": ["generate", f"--frames={tmp_path}/lack", "--waypoints=stop", out],
         "recorded drive ends": ["generate", data, f"--scene={name}", "--seconds=60", out],
+        "gap.csv has a gap in t from 2 to 5 s": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/gap.csv", out],
+        "ms.csv has a t from 0 to 10000 s": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/ms.csv", out],
+        "degrees.csv has a yaw": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/degrees.csv", out],
+        "short.csv ends at 1 s, before": ["generate", f"--frames={tmp_path}/good", f"--waypoints={tmp_path}/short.csv", out],
+        "--waypoints must be given": ["generate", f"--frames={tmp_path}/good", out],
+        "mesh sizes": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, "--config.mesh.context=3"],
+        "generate.decode_frames=0": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, "--config.generate.decode_frames=0"],
     }
     for message, arguments in cases.items():
         assert run(config, *arguments) == 2, message

@@ -76,12 +76,16 @@ def test_motion_that_no_car_can_drive_names_what_is_wrong():
     straight = np.stack([np.arange(10) * 4.0, np.zeros(10), np.zeros(10)], -1)
     half = np.arange(10) * 0.5
     assert len(_drive(half, straight).times) == 10
+    _drive(half, straight + np.arange(10)[:, None] * [0, 0, 0.9])  # counted on beyond a turn
+    _drive(half, (straight + np.arange(10)[:, None] * [0, 0, 0.9] + np.pi) % (2 * np.pi) - np.pi)  # or kept within it
     _drive([0, 30], [[0, 0, 0], [200, 0, 0]])  # evenly wide steps are no gap
     for times, poses, match in [
+        (half * 1e3, straight, "from 0 to 4500 s, over an hour; t is in seconds"),
         (half * 1e-3, straight, "8000 m/s from t = 0 to 0.0005 s .* seconds"),
         (np.delete(half, [3, 4, 5]), np.delete(straight, [3, 4, 5], 0), "gap in t from 1 to 3 s"),
         (half, straight * 1000, "metres"),
-        (half, straight + np.arange(10)[:, None] * [0, 0, 5.0], "yaw is in radians"),
+        (half, straight + np.arange(10)[:, None] * [0, 0, 2.0], "yaw that turns by 4.0 rad/s .* yaw is in radians"),
+        (half * 8, straight + np.arange(10)[:, None] * [0, 0, 20.0], "yaw that goes from 0 to 20 .* yaw is in radians"),
     ]:
         with pytest.raises(UserError, match=match) as error:
             _drive(times, poses)

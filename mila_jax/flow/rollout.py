@@ -187,18 +187,19 @@ def start_state(first_frames, plan: RolloutPlan, anchors=None) -> State:
     """
     if first_frames.shape[2] != plan.given:
         raise UserError(f"the plan is for {plan.given} first frames per view, got {first_frames.shape[2]}")
-    context = jnp.asarray(first_frames)[:, :, -plan.conditioning:]
+    xp = jnp if isinstance(first_frames, jax.Array) else np
+    context = first_frames[:, :, -plan.conditioning:]
     short = plan.conditioning - context.shape[2]  # the bootstrap window takes its few frames from the front
-    context = jnp.pad(context, [(0, 0), (0, 0), (0, short)] + [(0, 0)] * 3)
+    context = xp.pad(context, [(0, 0), (0, 0), (0, short)] + [(0, 0)] * 3)
     new = plan.window - plan.conditioning
     needed = 0 if plan.coarse is None else plan.coarse.count * new
     slots = max(ANCHOR_SLOTS, 1 << (needed - 1).bit_length())
-    room = jnp.zeros((slots,) + context.shape[:2] + context.shape[3:], context.dtype)
+    room = np.zeros((slots,) + context.shape[:2] + context.shape[3:], context.dtype)
     if anchors is not None:
         if anchors.shape[2] != plan.anchors:
             raise UserError(f"the plan has {plan.anchors} anchors, got {anchors.shape[2]}")
-        room = room.at[:plan.anchors].set(jnp.moveaxis(jnp.asarray(anchors, context.dtype), 2, 0))
-    return State(context, jnp.array(context), room)  # two arrays: a donated one may not be passed twice
+        room = xp.concatenate([xp.moveaxis(xp.asarray(anchors, context.dtype), 2, 0), room[plan.anchors:]])
+    return State(context, xp.array(context), xp.asarray(room))  # two arrays: a donated one may not be passed twice
 
 
 def start_window(state: State, row: Rows, tables: Tables, keys):

@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
 
 def source_hash() -> str:
     """Over our own source of the steps: costs and pages may change without compiling again."""
-    files = [PACKAGE / "generate.py", PACKAGE / "views.py"]
+    files = [PACKAGE / "generate.py", PACKAGE / "rollout_program.py", PACKAGE / "views.py"]
     for room in ("model", "flow", "train", "parallel"):
         files += sorted((PACKAGE / room).glob("*.py"))
     files += [pathlib.Path(__file__).parent / name for name in ("program.py", "child.py", "sizes.py")]

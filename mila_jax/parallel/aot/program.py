@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mila_jax.flow.sampler import sample_window
-from mila_jax.generate import generation_velocity
 from mila_jax.model.conditions import Conditions
 from mila_jax.model.precondition import SCALES, Prior
 from mila_jax.parallel.aot.sizes import Sizes
 from mila_jax.parallel.compiler_options import options_of
 from mila_jax.parallel.logical import rules_from_config, spec, use_rules, with_rules
 from mila_jax.parallel.mesh import batch_sharding, parameter_shardings, replicated
+from mila_jax.rollout_program import generation_velocity
 from mila_jax.train.optimizer import make_optimizer
 from mila_jax.train.stages import resolve
 from mila_jax.train.state import abstract_model, abstract_state, state_shardings
