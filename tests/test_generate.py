@@ -242,7 +242,7 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys, monke
     for folder in ("sizes", "shape", "lack", "good"):
         (tmp_path / folder).mkdir()
         for number, view in enumerate(VIEWS[: 5 if folder == "lack" else 6]):
-            size = {"sizes": (48 + number, 32), "shape": (48, 48), "lack": (48, 32)}[folder]
+            size = {"sizes": (48 + number, 32), "shape": (48, 48), "lack": (48, 32), "good": (48, 32)}[folder]
             Image.new("RGB", size).save(tmp_path / folder / f"{view}.png")
     cases = {
         "no scene 'nowhere'": ["generate", data, "--scene=nowhere", out],

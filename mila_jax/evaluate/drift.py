@@ -29,7 +29,7 @@ def measure(frames: Iterable, *, extractor: Callable | None = None, strips=None,
 
     frames: iterable of uint8 [6, H, W, 3] at 12 Hz; no more than a second of it is held. extractor: uint8 [n, H, W, 3] → features
     [n, d], kept under "features". strips: of `consistency.overlaps`. ego_motion: uint8 [t, 6, H, W, 3] → movements [t−1, 3] from
-    frame to frame (metres forward and left, radians; such as `EgomotionEstimator().steps`); poses [t, 3]: the commanded ones at the
+    frame to frame (metres forward and left, radians); poses [t, 3]: the commanded ones at the
     frames (x, y metres, yaw radians, in one frame). Returns dict of float64 [seconds]: `STATISTICS` (grey levels), view_agreement
     (correlation), speed_error (m/s) and yaw_rate_error (rad/s), mean absolute ones.
     """
