@@ -22,7 +22,6 @@ from mila_jax.views import view_index
 CONDITIONING_FPS = 12
 HALF_FRAME = 1 / 24
 FRONT = view_index("CAM_FRONT")
-RAW_FIELDS = ("latents", "timestamps", "intrinsics", "cam2ego_translation", "cam2ego_rotation", "ego_translation", "ego_rotation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +104,7 @@ class ClipSource:
         self.weights = check_specs(self.specs, weights)
         self.index, self.reader = records.open_split(dataset_dir, split)
         self.text, self.text_mask = records.read_text(dataset_dir, len(self.index.scenes))
+        self.rows = np.asarray(self.reader.numbers)
         self.latent_shape = tuple(self.index.latent_shape)
         times = [np.asarray(s.timestamps_us) * 1e-6 for s in self.reader.scenes]
         self.clips = [self.find_clips(times, spec, tolerance) for spec in self.specs]
@@ -142,20 +142,29 @@ class ClipSource:
         relative to the last conditioning frame and of CAM_FRONT's record; fps []; conditioning int32 []: the number of
         clean frames; text [l, e], text_mask bool [l].
         """
-        item = int(item)
+        return {name: values[0] for name, values in self.batch([item]).items()}
+
+    def batch(self, items) -> dict[str, np.ndarray]:
+        """Clips `items` as one batch: the arrays of __getitem__ with a first axis b."""
+        found = [self.locate(int(item)) for item in items]
+        numbers = [self.clips[s][1][row].tolist() for s, row in found]
+        latents = np.empty((len(found), 6, self.specs[0].frames, *self.latent_shape), np.float16)
+        raw = self.reader.read_arrays(numbers, latents, self.cache.get)
+        texts = self.text_of([int(self.clips[s][0][row]) for s, row in found])
+        return {"latents": latents} | make_batch([self.specs[s] for s, _ in found], raw) | dict(zip(("text", "text_mask"), texts))
+
+    def locate(self, item: int) -> tuple[int, int]:
+        """(number of the spec, row in its list of clips) of an item."""
         if not 0 <= item < len(self):
             raise IndexError(f"clip {item} of {len(self)}")
         cycle, place = divmod(item, len(self.pattern))
         s = self.pattern[place]
-        scenes, numbers = self.clips[s]
-        chosen = (cycle * self.per_cycle[s] + self.rank[place]) % len(scenes)
-        found = self.cache.get(numbers[chosen])
-        return make_clip(self.specs[s], found, *self.text_of(int(scenes[chosen])))
+        return s, (cycle * self.per_cycle[s] + self.rank[place]) % len(self.clips[s][0])
 
-    def text_of(self, scene: int) -> tuple[np.ndarray, np.ndarray]:
-        """Text tokens and mask of scene number `scene` within the split."""
-        row = self.reader.numbers[scene]
-        return self.text[row], self.text_mask[row]
+    def text_of(self, scenes) -> tuple[np.ndarray, np.ndarray]:
+        """Text tokens and masks of scene numbers `scenes` [...] within the split."""
+        rows = self.rows[scenes]
+        return self.text[rows], self.text_mask[rows]
 
 
 def check_specs(specs: Sequence[ClipSpec], weights) -> tuple[float, ...]:
@@ -178,16 +187,17 @@ def check_specs(specs: Sequence[ClipSpec], weights) -> tuple[float, ...]:
 
 
 class RecordCache:
-    """Keeps the records used last in memory, up to a number of bytes."""
+    """Keeps the serialised records used last in memory, up to a number of bytes."""
 
     def __init__(self, reader: records.SplitReader, limit: int):
         self.reader, self.limit, self.bytes = reader, limit, 0
-        self.kept: collections.OrderedDict[int, dict] = collections.OrderedDict()
+        self.kept: collections.OrderedDict[int, bytes] = collections.OrderedDict()
         self.lock = threading.Lock()
 
-    def get(self, numbers) -> list[dict]:
+    def get(self, numbers: list[int]) -> list[bytes]:
         """Records by number; those not kept are read in one call."""
-        numbers = [int(n) for n in numbers]
+        if not self.limit:
+            return self.reader.read(numbers)
         with self.lock:
             found = {n: self.kept[n] for n in numbers if n in self.kept}
             for n in found:
@@ -200,34 +210,28 @@ class RecordCache:
                 for n, record in read.items():
                     if n not in self.kept:
                         self.kept[n] = record
-                        self.bytes += record_bytes(record)
+                        self.bytes += len(record)
                 while self.bytes > self.limit and self.kept:
-                    self.bytes -= record_bytes(self.kept.popitem(last=False)[1])
+                    self.bytes -= len(self.kept.popitem(last=False)[1])
         return [found[n] for n in numbers]
 
 
-def record_bytes(record: dict) -> int:
-    """Bytes of a record's arrays."""
-    return sum(np.asarray(value).nbytes for value in record.values())
+def make_batch(specs: Sequence[ClipSpec], raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What clips of equal length hold beside latents and text; raw: fields [b, t, …] of their records.
 
-
-def make_clip(spec: ClipSpec, found: list[dict], text, text_mask) -> dict[str, np.ndarray]:
-    """Stacks `spec.frames` records into a clip (see ClipSource.__getitem__)."""
-    raw = {name: np.stack([r[name] for r in found]) for name in RAW_FIELDS}
-    last = spec.conditioning - 1
-    front_us = raw["timestamps"][:, FRONT]
+    All clips at once: per clip, NumPy's calls on such small arrays would take longer than reading the records.
+    """
+    last = np.array([spec.conditioning - 1 for spec in specs])
+    front_us = raw["timestamps"][..., FRONT]
     extrinsics = np.concatenate([raw["cam2ego_translation"], raw["cam2ego_rotation"]], -1)
-    waypoints = geometry.relative_waypoints(raw["ego_translation"][:, FRONT], raw["ego_rotation"][:, FRONT], last)
+    waypoints = geometry.relative_waypoints(raw["ego_translation"][:, :, FRONT], raw["ego_rotation"][:, :, FRONT], last)
     return {
-        "latents": np.ascontiguousarray(raw["latents"].swapaxes(0, 1)),
-        "intrinsics": np.ascontiguousarray(raw["intrinsics"].swapaxes(0, 1), np.float32),
-        "extrinsics": np.ascontiguousarray(extrinsics.swapaxes(0, 1), np.float32),
+        "intrinsics": np.ascontiguousarray(raw["intrinsics"].swapaxes(1, 2), np.float32),
+        "extrinsics": np.ascontiguousarray(extrinsics.swapaxes(1, 2), np.float32),
         "waypoints": waypoints.astype(np.float32),
-        "frame_times": ((front_us - front_us[last]) * 1e-6).astype(np.float32),
-        "fps": np.float32(spec.fps),
-        "conditioning": np.int32(spec.conditioning),
-        "text": np.asarray(text, np.float32),
-        "text_mask": np.asarray(text_mask, bool),
+        "frame_times": ((front_us - front_us[np.arange(len(specs)), last][:, None]) * 1e-6).astype(np.float32),
+        "fps": np.array([spec.fps for spec in specs], np.float32),
+        "conditioning": (last + 1).astype(np.int32),
     }
 
 
@@ -246,8 +250,10 @@ def read_scene(dataset_dir, scene_name: str) -> dict:
     scene = index.scenes[row]
     _, reader = records.open_split(dataset_dir, scene.split)
     first = reader.first[reader.numbers.index(row)]
-    found = reader.read(range(first, first + len(scene.timestamps_us)))
-    out = {name: np.stack([r[name] for r in found]) for name in RAW_FIELDS}
+    numbers = range(first, first + len(scene.timestamps_us))
+    latents = np.empty((len(numbers), 6, *index.latent_shape), np.float16)
+    found = reader.read_arrays([numbers], latents[None].swapaxes(1, 2))
+    out = {name: values[0] for name, values in found.items()} | {"latents": latents}
     tokens, mask = records.read_text(dataset_dir, len(index.scenes))
     stamps = np.asarray(scene.timestamps_us, np.int64)
     out |= {"times": (stamps - stamps[0]) * 1e-6, "text": tokens[row], "text_mask": mask[row]}

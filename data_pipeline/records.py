@@ -9,8 +9,11 @@ folder too:
     <dir>/index.json, text.npz                 scenes, timestamps, sizes, normalisation; text tokens per scene
 """
 
+import bisect
 import concurrent.futures
+import contextlib
 import io
+import itertools
 import threading
 import zipfile
 from pathlib import Path
@@ -18,15 +21,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from data_pipeline.example import parse_example
+from data_pipeline.example import Layout, parse_example
 from data_pipeline.storage import Folder, is_remote
 from mila_jax.errors import UserError
 
 FORMAT = 1
 # One record per group gives random access; uncompressed, since half-precision latents shrink by 8 % and read 2.5x slower.
 WRITER_OPTIONS = "group_size:1,uncompressed"
-# Reading ahead costs a random reader more than the record itself.
-READER_OPTIONS = "readahead_buffer_size:0"
+# Records in one buffer are read at once by the calling thread, others by array_record's pool of 64 threads, whose search for work costs three
+# times the reading itself. From a bucket the pool pays: the records of a clip come side by side.
+READER_OPTIONS = {"local": "readahead_buffer_size:1G", "remote": "readahead_buffer_size:0"}
 DATASET_NAME = "instants"
 FILENAME_TEMPLATE = "{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
 AGAIN = "run `mila prepare` again"
@@ -150,6 +154,8 @@ class SplitReader:
         self.scenes = [index.scenes[i] for i in self.numbers]
         self.first = np.cumsum([0] + [len(s.timestamps_us) for s in self.scenes])  # number of each scene's first record
         self.fields = record_fields(index.latent_shape)
+        self._bounds = self.first.tolist()
+        self._layouts: dict[int, Layout] = {}  # by a record's length
         self._readers: list = [None] * len(self.scenes)
         self._lock = threading.Lock()
 
@@ -159,31 +165,90 @@ class SplitReader:
     def __setstate__(self, state):
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def read(self, numbers) -> list[dict]:
-        """Records as dictionaries of read-only arrays; UserError naming the shard when one cannot be read."""
+    def read(self, numbers) -> list[bytes]:
+        """Serialised records by number; UserError naming the shard when one cannot be read."""
         numbers = [int(n) for n in numbers]
         out: list = [None] * len(numbers)
         places: dict[int, list[int]] = {}
-        for place, scene in enumerate(np.searchsorted(self.first, numbers, "right") - 1):
-            places.setdefault(int(scene), []).append(place)
+        for place, number in enumerate(numbers):
+            places.setdefault(bisect.bisect_right(self._bounds, number) - 1, []).append(place)
         for scene, mine in places.items():
-            try:
-                reader = self._reader(scene)
-                found = reader.read([numbers[place] - int(self.first[scene]) for place in mine])
-                for place, record in zip(mine, found, strict=True):
-                    out[place] = parse_example(record, self.fields)
-            except Exception as error:  # ArrayRecord raises many types for a damaged file
-                lines = str(error).strip().splitlines()
-                reason = lines[0][:120] if lines else type(error).__name__
-                raise UserError(f"{self.directory.at(self.scenes[scene].shard)} is damaged ({reason}); delete it and {AGAIN}") from error
+            first = self._bounds[scene]
+            with self._naming(scene):
+                for place, data in zip(mine, self._read_shard(scene, [numbers[place] - first for place in mine]), strict=True):
+                    out[place] = data
         return out
+
+    def _read_shard(self, scene: int, records: list[int]) -> list[bytes]:
+        """Records of one shard; on a disk, each run of neighbours is one call (see READER_OPTIONS)."""
+        reader = self._reader(scene)
+        if self.directory.remote or records[-1] - records[0] == len(records) - 1 and all(b - a == 1 for a, b in itertools.pairwise(records)):
+            return reader.read(records)
+        ends = [0, *(i for i in range(1, len(records)) if records[i] - records[i - 1] != 1), len(records)]
+        return [data for start, end in itertools.pairwise(ends) for data in reader.read(records[start:end])]
+
+    def read_arrays(self, clips, latents, read=None) -> dict[str, np.ndarray]:
+        """Reads clips of n records each and takes them apart; a clip's latents are copied while the processor's cache still has them.
+
+        clips: lists of record numbers [b][n]; latents: writable [b, 6, n, h, w, c], filled; read: in place of `self.read`. Returns the
+        other fields [b, n, *shape], but for `scene` and `instant`. UserError naming the shard for a record that is damaged.
+        """
+        places: dict[int, list] = {}  # by length: numbers take one byte or two, so there are a few
+        rests: dict[int, list[bytes]] = {}
+        for i, (clip, target) in enumerate(zip(clips, latents)):
+            for j, data in enumerate((read or self.read)(clip)):
+                size = len(data)
+                if size not in rests:
+                    self._learn(clip[j], data)
+                    places[size], rests[size] = [], []
+                layout = self._layouts[size]
+                target[:, j] = layout.view(data)
+                places[size].append((i, j))
+                rests[size].append(layout.rest(data))
+        shape = latents.shape[0], latents.shape[2]
+        out = {name: np.empty((*shape, *field), dtype) for name, (dtype, field) in self.fields.items() if field and name != "latents"}
+        for size, mine in places.items():
+            found = self._layouts[size].parse(rests[size])
+            if found is None:
+                found = self._walk([(clips[i][j], latents[i, :, j]) for i, j in mine])
+            rows = tuple(np.array(mine).T)
+            for name, values in found.items():
+                out[name][rows] = values
+        return out
+
+    def _learn(self, number: int, data: bytes) -> None:
+        """Sets the layout of records as long as `data`."""
+        if len(data) not in self._layouts:
+            with self._naming(bisect.bisect_right(self._bounds, number) - 1):
+                self._layouts[len(data)] = Layout(data, self.fields, "latents")
+
+    def _walk(self, wanted) -> dict[str, np.ndarray]:
+        """`read_arrays` for (number, place of its latents) of records whose fields lie in different orders, or that are damaged."""
+        rows = []
+        for number, target in wanted:
+            (data,) = self.read([number])
+            with self._naming(bisect.bisect_right(self._bounds, number) - 1):
+                rows.append(parse_example(data, self.fields))
+            target[...] = rows[-1].pop("latents")
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0] if rows[0][name].ndim}
+
+    @contextlib.contextmanager
+    def _naming(self, scene: int):
+        """Turns whatever a damaged shard raises into a UserError that names it."""
+        try:
+            yield
+        except Exception as error:  # ArrayRecord raises many types for a damaged file
+            lines = str(error).strip().splitlines()
+            reason = lines[0][:120] if lines else type(error).__name__
+            raise UserError(f"{self.directory.at(self.scenes[scene].shard)} is damaged ({reason}); delete it and {AGAIN}") from error
 
     def _reader(self, scene: int):
         from array_record.python.array_record_module import ArrayRecordReader
 
         with self._lock:
             if self._readers[scene] is None:
-                self._readers[scene] = ArrayRecordReader(str(self.directory.at(self.scenes[scene].shard)), options=READER_OPTIONS)
+                options = READER_OPTIONS["remote" if self.directory.remote else "local"]
+                self._readers[scene] = ArrayRecordReader(str(self.directory.at(self.scenes[scene].shard)), options=options)
             return self._readers[scene]
 
 
@@ -207,7 +272,8 @@ def open_split(directory, split: str) -> tuple[Index, SplitReader]:
                 raise UserError(f"{path} is missing; {AGAIN}")
             if size != scene.bytes:
                 raise UserError(f"{path} has {size} bytes instead of {scene.bytes}: truncated; {AGAIN}")
-        list(pool.map(lambda first: reader.read([first]), reader.first[:-1]))
+        scratch = np.empty((1, 6, 1, *index.latent_shape), np.float16)
+        list(pool.map(lambda first: reader.read_arrays([[first]], scratch), reader.first[:-1].tolist()))
     return index, reader
 
 

@@ -11,12 +11,11 @@ def rotation_matrix(quaternion):
     """Quaternions [..., 4] (w first, any length but zero) to rotation matrices [..., 3, 3]."""
     q = np.asarray(quaternion, np.float64)
     w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.stack([np.stack(r, -1) for r in rows], -2)
+    out = np.empty((*q.shape[:-1], 3, 3))
+    out[..., 0, 0], out[..., 0, 1], out[..., 0, 2] = 1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)
+    out[..., 1, 0], out[..., 1, 1], out[..., 1, 2] = 2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)
+    out[..., 2, 0], out[..., 2, 1], out[..., 2, 2] = 2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)
+    return out
 
 
 def quaternion(matrix):
@@ -85,12 +84,13 @@ def project(points, world2camera, intrinsics):
     return np.stack([fx * p[:, 0] / safe + cx, fy * p[:, 1] / safe + cy], -1), depth
 
 
-def relative_waypoints(translation, quaternion_wxyz, reference: int):
+def relative_waypoints(translation, quaternion_wxyz, reference):
     """Ego poses in the world to waypoints (method.md's definition).
 
-    translation: [t, 3] metres, quaternion_wxyz: [t, 4], reference: index of the last conditioning frame.
-    Returns [t, 3]: x forward, y left in metres and yaw in radians (-π..π), relative to the ego at `reference`.
+    translation: [..., t, 3] metres, quaternion_wxyz: [..., t, 4], reference: [...] index of the last conditioning frame.
+    Returns [..., t, 3]: x forward, y left in metres and yaw in radians (-π..π), relative to the ego at `reference`.
     """
     poses = transform(translation, quaternion_wxyz)
-    local = inverse(poses[reference]) @ poses
-    return np.stack([local[:, 0, 3], local[:, 1, 3], yaw_of(local[:, :3, :3])], -1)
+    origin = np.take_along_axis(poses, np.asarray(reference)[..., None, None, None], -3)
+    local = inverse(origin) @ poses
+    return np.stack([local[..., 0, 3], local[..., 1, 3], yaw_of(local[..., :3, :3])], -1)
