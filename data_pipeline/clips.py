@@ -194,10 +194,10 @@ class RecordCache:
         self.kept: collections.OrderedDict[int, bytes] = collections.OrderedDict()
         self.lock = threading.Lock()
 
-    def get(self, numbers: list[int]) -> list[bytes]:
-        """Records by number; those not kept are read in one call."""
+    def get(self, numbers: list[int]):
+        """Records by number, one after the other."""
         if not self.limit:
-            return self.reader.read(numbers)
+            return self.reader.stream(numbers)
         with self.lock:
             found = {n: self.kept[n] for n in numbers if n in self.kept}
             for n in found:

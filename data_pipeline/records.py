@@ -13,7 +13,7 @@ import bisect
 import concurrent.futures
 import contextlib
 import io
-import itertools
+import math
 import threading
 import zipfile
 from pathlib import Path
@@ -31,6 +31,7 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 # Records in one buffer are read at once by the calling thread, others by array_record's pool of 64 threads, whose search for work costs three
 # times the reading itself. From a bucket the pool pays: the records of a clip come side by side.
 READER_OPTIONS = {"local": "readahead_buffer_size:1G", "remote": "readahead_buffer_size:0"}
+PIECE = 2**19  # bytes read from a disk in one call
 DATASET_NAME = "instants"
 FILENAME_TEMPLATE = "{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
 AGAIN = "run `mila prepare` again"
@@ -155,6 +156,7 @@ class SplitReader:
         self.first = np.cumsum([0] + [len(s.timestamps_us) for s in self.scenes])  # number of each scene's first record
         self.fields = record_fields(index.latent_shape)
         self._bounds = self.first.tolist()
+        self._piece = max(1, PIECE // sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.fields.values()))
         self._layouts: dict[int, Layout] = {}  # by a record's length
         self._readers: list = [None] * len(self.scenes)
         self._lock = threading.Lock()
@@ -167,36 +169,31 @@ class SplitReader:
 
     def read(self, numbers) -> list[bytes]:
         """Serialised records by number; UserError naming the shard when one cannot be read."""
-        numbers = [int(n) for n in numbers]
-        out: list = [None] * len(numbers)
-        places: dict[int, list[int]] = {}
-        for place, number in enumerate(numbers):
-            places.setdefault(bisect.bisect_right(self._bounds, number) - 1, []).append(place)
-        for scene, mine in places.items():
-            first = self._bounds[scene]
-            with self._naming(scene):
-                for place, data in zip(mine, self._read_shard(scene, [numbers[place] - first for place in mine]), strict=True):
-                    out[place] = data
-        return out
+        return list(self.stream([int(n) for n in numbers]))
 
-    def _read_shard(self, scene: int, records: list[int]) -> list[bytes]:
-        """Records of one shard; on a disk, each run of neighbours is one call (see READER_OPTIONS)."""
-        reader = self._reader(scene)
-        if self.directory.remote or records[-1] - records[0] == len(records) - 1 and all(b - a == 1 for a, b in itertools.pairwise(records)):
-            return reader.read(records)
-        ends = [0, *(i for i in range(1, len(records)) if records[i] - records[i - 1] != 1), len(records)]
-        return [data for start, end in itertools.pairwise(ends) for data in reader.read(records[start:end])]
+    def stream(self, numbers: list[int]):
+        """`read` bit by bit: what is used and dropped at once stays in the processor's cache, and in memory that the process has."""
+        start, remote = 0, self.directory.remote
+        while start < len(numbers):
+            scene = bisect.bisect_right(self._bounds, numbers[start]) - 1
+            first, last, end = self._bounds[scene], self._bounds[scene + 1], start + 1
+            while end < len(numbers) and first <= numbers[end] < last and (remote or numbers[end] - numbers[start] == end - start < self._piece):
+                end += 1
+            with self._naming(scene):
+                found = self._reader(scene).read([n - first for n in numbers[start:end]])
+            yield from found
+            start = end
 
     def read_arrays(self, clips, latents, read=None) -> dict[str, np.ndarray]:
         """Reads clips of n records each and takes them apart; a clip's latents are copied while the processor's cache still has them.
 
-        clips: lists of record numbers [b][n]; latents: writable [b, 6, n, h, w, c], filled; read: in place of `self.read`. Returns the
+        clips: lists of record numbers [b][n]; latents: writable [b, 6, n, h, w, c], filled; read: in place of `self.stream`. Returns the
         other fields [b, n, *shape], but for `scene` and `instant`. UserError naming the shard for a record that is damaged.
         """
         places: dict[int, list] = {}  # by length: numbers take one byte or two, so there are a few
         rests: dict[int, list[bytes]] = {}
         for i, (clip, target) in enumerate(zip(clips, latents)):
-            for j, data in enumerate((read or self.read)(clip)):
+            for j, data in enumerate((read or self.stream)(clip)):
                 size = len(data)
                 if size not in rests:
                     self._learn(clip[j], data)
