@@ -190,9 +190,10 @@ class SplitReader:
         clips: lists of record numbers [b][n]; latents: writable [b, 6, n, h, w, c], filled; read: in place of `self.stream`. Returns the
         other fields [b, n, *shape], but for `scene` and `instant`. UserError naming the shard for a record that is damaged.
         """
-        places: dict[int, list] = {}  # by length: numbers take one byte or two, so there are a few
+        count, place = latents.shape[2], 0
+        places: dict[int, list[int]] = {}  # by length: numbers take one byte or two, so there are a few
         rests: dict[int, list[bytes]] = {}
-        for i, (clip, target) in enumerate(zip(clips, latents)):
+        for clip, target in zip(clips, latents):
             for j, data in enumerate((read or self.stream)(clip)):
                 size = len(data)
                 if size not in rests:
@@ -200,18 +201,17 @@ class SplitReader:
                     places[size], rests[size] = [], []
                 layout = self._layouts[size]
                 target[:, j] = layout.view(data)
-                places[size].append((i, j))
+                places[size].append(place)  # no tuples: so many would set off Python's garbage collector
                 rests[size].append(layout.rest(data))
-        shape = latents.shape[0], latents.shape[2]
-        out = {name: np.empty((*shape, *field), dtype) for name, (dtype, field) in self.fields.items() if field and name != "latents"}
+                place += 1
+        out = {name: np.empty((place, *shape), dtype) for name, (dtype, shape) in self.fields.items() if shape and name != "latents"}
         for size, mine in places.items():
             found = self._layouts[size].parse(rests[size])
             if found is None:
-                found = self._walk([(clips[i][j], latents[i, :, j]) for i, j in mine])
-            rows = tuple(np.array(mine).T)
+                found = self._walk([(clips[p // count][p % count], latents[p // count, :, p % count]) for p in mine])
             for name, values in found.items():
-                out[name][rows] = values
-        return out
+                out[name][mine] = values
+        return {name: values.reshape(-1, count, *values.shape[1:]) for name, values in out.items()}
 
     def _learn(self, number: int, data: bytes) -> None:
         """Sets the layout of records as long as `data`."""

@@ -7,6 +7,7 @@ import pytest
 
 from data_pipeline import records
 from data_pipeline.clips import ClipSource, ClipSpec, find_starts, interleave, read_scene
+from data_pipeline.example import parse_example, serialise_example
 from mila_jax.errors import UserError
 from tests import nuscenes_stub as stub
 
@@ -93,6 +94,36 @@ def test_rates_are_mixed_by_weight_and_every_start_occurs(encoded):
     assert again.cache.bytes <= 1000
     with pytest.raises(IndexError):
         source[len(source)]
+
+
+def test_a_batch_is_its_clips_stacked(encoded):
+    source = ClipSource(encoded, "train", [ClipSpec(4, 1, 12.0), ClipSpec(4, 2, 2.0)], cache_bytes=0)
+    items = [len(source) - 1, 0, 3, 3, 8]
+    batch, clips = source.batch(items), [source[i] for i in items]
+    for name, values in batch.items():
+        assert values.dtype == clips[0][name].dtype
+        np.testing.assert_array_equal(values, np.stack([clip[name] for clip in clips]))
+    assert set(batch["conditioning"].tolist()) == {1, 2}
+
+
+def test_records_whose_fields_lie_in_any_order(encoded, tmp_path):
+    """Protobuf libraries write a map's entries in an order of their own, which differs from record to record."""
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+    shutil.copytree(encoded, tmp_path / "enc")
+    fields = records.record_fields(stub.LATENT_SHAPE)
+    shard = tmp_path / "enc/train-00000.array_record"
+    reader = ArrayRecordReader(str(shard))
+    found = [parse_example(data, fields) for data in reader.read_all()]
+    reader.close()
+    writer = ArrayRecordWriter(str(shard), records.WRITER_OPTIONS)
+    for i, record in enumerate(found):
+        names = list(np.random.default_rng(i).permutation(list(fields)))
+        writer.write(serialise_example(record, {name: fields[name] for name in names}))
+    writer.close()
+    expected, again = (ClipSource(folder, "train", [ClipSpec(5, 2, 12.0)]) for folder in (encoded, tmp_path / "enc"))
+    for name, values in again.batch(range(8)).items():
+        np.testing.assert_array_equal(values, expected.batch(range(8))[name])
 
 
 def test_interleave():
