@@ -40,6 +40,10 @@ def get_config() -> ConfigDict:
     # .safetensors of a trained autoencoder, or published AutoencoderKL weights (Open-Sora's whole VAE file, too), also gs://; none: the
     # shipped one for simulated frames.
     c.autoencoder.path = placeholder(str)
+    # A temporal autoencoder on top (Open-Sora's): none | frame (one latent a frame) | chunk17 (17 frames → 5 latents; windows then count latents,
+    # in multiples of 5, and train.fps is 12 or one latent a chunk, 0.706).
+    c.autoencoder.temporal = "none"
+    c.autoencoder.temporal_path = placeholder(str)  # its weights; none: in the file of autoencoder.path (Open-Sora's whole VAE)
 
     c.text = ConfigDict()
     c.text.encoder = "auto"  # minilm | table | t5 | auto (minilm if its weights are installed)

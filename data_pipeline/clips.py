@@ -16,6 +16,7 @@ import numpy as np
 from data_pipeline import records
 from data_pipeline.nuscenes.reader import nearest
 from mila_jax import geometry
+from mila_jax.chunks import Chunks, check_window, chunks_of
 from mila_jax.errors import UserError
 from mila_jax.views import view_index
 
@@ -29,15 +30,30 @@ class ClipSpec:
     """A kind of clip: `frames` in all, of which the first `conditioning` are clean and the others lie 1/fps s apart.
 
     conditioning_fps: rate of the clean frames; below 12 where they are themselves anchors (a recurrent coarse stage).
+    chunks: frames are latents of a temporal autoencoder; clips then begin with the first latent of a chunk, rates below 12 are whole chunks apart.
     """
 
     frames: int
     conditioning: int
     fps: float
     conditioning_fps: float = CONDITIONING_FPS
+    chunks: Chunks | None = None
+
+    def numbers(self) -> np.ndarray:
+        """Numbers [frames] of the latents, counted from the first one of a chunk (only with `chunks`)."""
+        last = self.conditioning - 1
+        frame = np.arange(self.frames) - last
+        return last + frame * np.where(frame > 0, self.chunks.stride(self.fps), self.chunks.stride(self.conditioning_fps))
+
+    @property
+    def told_fps(self) -> float:
+        """What the network is told: fps itself, or the exact rate of the latents that it names."""
+        return self.fps if self.chunks is None else self.chunks.rate(self.chunks.stride(self.fps))
 
     def offsets(self) -> np.ndarray:
         """Wanted times [frames] in seconds relative to the last conditioning frame."""
+        if self.chunks is not None:
+            return self.chunks.seconds(self.numbers(), self.conditioning - 1)
         frame = np.arange(self.frames) - (self.conditioning - 1)
         return np.where(frame > 0, frame / self.fps, frame / self.conditioning_fps)
 
@@ -53,6 +69,8 @@ def find_starts(times, spec: ClipSpec, tolerance: float = HALF_FRAME) -> tuple[n
     chosen = nearest(times, wanted)
     # A microsecond of slack: timestamps are whole microseconds.
     valid = (np.abs(times[chosen] - wanted) <= tolerance + 1e-6).all(1) & (np.diff(chosen, axis=1) > 0).all(1)
+    if spec.chunks is not None:  # scenes hold whole chunks: a latent's place in its chunk is its number's
+        valid &= (chosen % spec.chunks.latents == spec.numbers() % spec.chunks.latents).all(1)
     return np.flatnonzero(valid), chosen[valid]
 
 
@@ -100,9 +118,9 @@ class ClipSource:
         Raises UserError for specs that do not fit each other or the data (with the longest possible), and for a data set that
         is missing, unfinished or damaged.
         """
-        self.specs = tuple(specs)
-        self.weights = check_specs(self.specs, weights)
         self.index, self.reader = records.open_split(dataset_dir, split)
+        self.specs = tuple(dataclasses.replace(spec, chunks=chunks_of(self.index.meta)) for spec in specs)
+        self.weights = check_specs(self.specs, weights)
         self.text, self.text_mask = records.read_text(dataset_dir, len(self.index.scenes))
         self.rows = np.asarray(self.reader.numbers)
         self.latent_shape = tuple(self.index.latent_shape)
@@ -178,6 +196,7 @@ def check_specs(specs: Sequence[ClipSpec], weights) -> tuple[float, ...]:
             raise UserError(f"window.conditioning={spec.conditioning} must lie between 1 and window.frames={spec.frames} - 1")
         if not spec.fps > 0 or spec.fps > CONDITIONING_FPS:
             raise UserError(f"train.fps={spec.fps:g} must be above 0 and at most {CONDITIONING_FPS}, the rate of the data")
+        check_window(spec.chunks, spec.frames, spec.conditioning)
         if not 0 < spec.conditioning_fps <= CONDITIONING_FPS:
             raise UserError(f"conditioning_fps={spec.conditioning_fps:g} must be above 0 and at most {CONDITIONING_FPS}")
     weights = [1.0] * len(specs) if weights is None else [float(w) for w in weights]
@@ -230,7 +249,7 @@ def make_batch(specs: Sequence[ClipSpec], raw: dict[str, np.ndarray]) -> dict[st
         "extrinsics": np.ascontiguousarray(extrinsics.swapaxes(1, 2), np.float32),
         "waypoints": waypoints.astype(np.float32),
         "frame_times": ((front_us - front_us[np.arange(len(specs)), last][:, None]) * 1e-6).astype(np.float32),
-        "fps": np.array([spec.fps for spec in specs], np.float32),
+        "fps": np.array([spec.told_fps for spec in specs], np.float32),
         "conditioning": (last + 1).astype(np.int32),
     }
 
@@ -240,7 +259,8 @@ def read_scene(dataset_dir, scene_name: str) -> dict:
 
     latents float16 [n, 6, h, w, c] normalised, times float64 [n] seconds of CAM_FRONT since the first instant, timestamps int64
     [n, 6] microseconds, intrinsics [n, 6, 4], cam2ego_translation [n, 6, 3], cam2ego_rotation [n, 6, 4], ego_translation [n, 6, 3],
-    ego_rotation [n, 6, 4], text [l, e], text_mask [l], name, description, location, split. UserError when there is no such scene.
+    ego_rotation [n, 6, 4], text [l, e], text_mask [l], name, description, location, split; chunks: how latents in chunks lie, or None. UserError when
+    there is no such scene.
     """
     index = records.read_index(dataset_dir)
     names = [s.name for s in index.scenes]
@@ -257,4 +277,5 @@ def read_scene(dataset_dir, scene_name: str) -> dict:
     tokens, mask = records.read_text(dataset_dir, len(index.scenes))
     stamps = np.asarray(scene.timestamps_us, np.int64)
     out |= {"times": (stamps - stamps[0]) * 1e-6, "text": tokens[row], "text_mask": mask[row]}
+    out["chunks"] = chunks_of(index.meta)
     return out | {"name": scene.name, "description": scene.description, "location": scene.location, "split": scene.split}

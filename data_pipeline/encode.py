@@ -95,8 +95,8 @@ def write_errors(out_dir):
 def make_job(latent_shape, image_size, latent_shift, latent_scale, meta: dict) -> dict:
     """What every shard of a data set has in common, as plain values."""
     latent_shape = tuple(int(n) for n in latent_shape)
-    # One number per channel, whichever way it was given.
-    shift, scale = (np.broadcast_to(np.asarray(x, np.float32), latent_shape[-1:]) for x in (latent_shift, latent_scale))
+    # One number per channel (of the pictures' latents), whichever way it was given.
+    shift, scale = (np.broadcast_to(np.asarray(x, np.float32), np.shape(x) or latent_shape[-1:]) for x in (latent_shift, latent_scale))
     return {
         "format": records.FORMAT,
         "latent_shape": list(latent_shape),
@@ -127,9 +127,11 @@ def finish(encoder: "SceneEncoder", encode_text) -> list[str]:
 class SceneEncoder:
     """Encodes scenes one by one into shards of `out_dir`."""
 
-    def __init__(self, nusc, out_dir, encode_images, job: dict, batch: int):
-        self.nusc, self.out, self.encode_images, self.job, self.batch = nusc, Folder(out_dir), encode_images, job, batch
+    def __init__(self, nusc, out_dir, encode_images, job: dict, batch: int, video=None):
+        """video: a `VideoCodec` on top of the pictures' autoencoder, or None; `job["latent_shape"]` then is of its latents."""
+        self.nusc, self.out, self.encode_images, self.job, self.batch, self.video = nusc, Folder(out_dir), encode_images, job, batch, video
         self.fields = records.record_fields(job["latent_shape"])
+        self.picture_shape = tuple(job["latent_shape"] if video is None else video.pictures.latent_shape(*job["image_size"]))
         self.shift = np.asarray(job["latent_shift"], np.float32)
         self.scale = np.asarray(job["latent_scale"], np.float32)
         counts: dict[str, int] = {}
@@ -180,6 +182,8 @@ class SceneEncoder:
             self.out.remove("index.json")
             self.out.remove(f"{shard}.json")
         latents = self.latents(scene, moments)
+        if self.video is not None:
+            moments, latents = self.through_time(scene, moments, latents)
         size, record_bytes = self.write_shard(shard, number, moments, latents)
         entry = records.SceneIndex(
             name=scene.name,
@@ -207,11 +211,24 @@ class SceneEncoder:
                 digest.update(np.ascontiguousarray(getattr(moment, field)).tobytes())
         return digest.hexdigest()
 
+    def through_time(self, scene, moments, latents) -> tuple[list, np.ndarray]:
+        """The temporal latents [m, 6, h, w, c'] of a scene's pictures' latents [n, 6, h, w, c], and the moment of each: of its last frame."""
+        chunks = self.video.chunks
+        starts = chunks.starts([moment.timestamp_us * 1e-6 for moment in moments])
+        if not len(starts):
+            raise UserError(f"scene {scene.name!r} has no {chunks.frames} frames in a row without a gap, as autoencoder.temporal={self.video.kind} needs")
+        frames = (starts[:, None] + np.arange(chunks.frames)).ravel()
+        out = self.video.encode(latents[frames].swapaxes(0, 1)).swapaxes(0, 1).astype(np.float16)
+        if not np.isfinite(out).all():
+            raise UserError(f"the temporal autoencoder gives latents that are not finite for scene {scene.name!r}; check its weights")
+        last = starts[:, None] + chunks.last_frame(np.arange(chunks.latents))
+        return [moments[i] for i in last.ravel()], out
+
     def latents(self, scene, moments) -> np.ndarray:
-        """Normalised latents float16 [n, 6, h, w, c] of a scene's n instants."""
+        """Normalised latents [n, 6, h, w, c] of a scene's n instants: float16, or float32 where a temporal autoencoder is to take them."""
         height, width = self.job["image_size"]
         files = [join(self.nusc.root, name) for moment in moments for name in moment.files]
-        out = np.empty((len(files), *self.job["latent_shape"]), np.float16)
+        out = np.empty((len(files), *self.picture_shape), np.float16 if self.video is None else np.float32)
         starts = range(0, len(files), self.batch)
         with concurrent.futures.ThreadPoolExecutor(DECODE_THREADS) as pool:
 
@@ -225,15 +242,15 @@ class SceneEncoder:
                 for i, image in enumerate(ready):
                     images[i] = image.result()
                 mean = np.asarray(self.encode_images(images), np.float32)
-                if mean.shape != (self.batch, *self.job["latent_shape"]):
+                if mean.shape != (self.batch, *self.picture_shape):
                     raise UserError(
                         f"the autoencoder gives latents {mean.shape[1:]} for images {height}x{width}, but "
-                        f"the expected latent shape is {tuple(self.job['latent_shape'])}; make them agree"
+                        f"the expected latent shape is {self.picture_shape}; make them agree"
                     )
                 out[start : start + len(ready)] = ((mean - self.shift) / self.scale)[: len(ready)]
         if not np.isfinite(out).all():
             raise UserError(f"the autoencoder gives latents that are not finite for scene {scene.name!r}; check its weights and scale")
-        return out.reshape(len(moments), 6, *self.job["latent_shape"])
+        return out.reshape(len(moments), 6, *self.picture_shape)
 
     def write_shard(self, shard: str, number: int, moments, latents) -> tuple[int, int]:
         """Writes the records and puts the file in its place; returns the file's bytes and those of the records."""

@@ -66,6 +66,26 @@ class Decoder:
         return np.clip(np.round(total / weight), 0, 255).astype(np.uint8)
 
 
+class VideoDecoder:
+    """Temporal latents to pictures, window after window; what is no whole chunk yet waits for the next window."""
+
+    def __init__(self, decoder: Decoder, video, given):
+        """video: a `VideoCodec`; given [v, g, h, w, c]: the latents that come before, from the first one of a chunk on. Their frames are not shown."""
+        chunks = video.chunks
+        self.decoder, self.video = decoder, video
+        self.waiting = np.asarray(given, np.float32)[:, np.shape(given)[1] // chunks.latents * chunks.latents :]
+        self.hidden = chunks.frame_count(self.waiting.shape[1]) if self.waiting.shape[1] else 0
+
+    def __call__(self, latents):
+        """Yields frames uint8 [v, H, W, 3] of the chunks that latents [v, t, h, w, c] (normalised) complete."""
+        latents = np.concatenate([self.waiting, np.asarray(latents, np.float32)], 1)
+        whole = latents.shape[1] // self.video.chunks.latents * self.video.chunks.latents
+        self.waiting, hidden = latents[:, whole:], self.hidden
+        if whole:
+            self.hidden = 0
+            yield from self.decoder(self.video.decode(latents[:, :whole])[:, hidden:])
+
+
 def tiles(size: int, tile: int) -> list[tuple[int, int]]:
     """(first, length) of equally long, overlapping tiles that cover `size` latents; one of all where `tile` is 0 or larger."""
     if not 0 < tile < size:

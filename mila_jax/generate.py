@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from mila_jax.chunks import Chunks, chunks_of
 from mila_jax.decode import decode_frames  # noqa: F401 (a part of this module's interface)
 from mila_jax.errors import UserError
 from mila_jax.flow.plan import RolloutPlan, Windows, plan_rollout
@@ -31,11 +32,11 @@ def sampler_options(model: WorldModel, config) -> SamplerOptions:
     )
 
 
-def make_plan(config, frames: int, given: int) -> RolloutPlan:
-    """The rollout of `frames` frames at 12 Hz after `given` first ones."""
+def make_plan(config, frames: int, given: int, chunks: Chunks | None = None) -> RolloutPlan:
+    """The rollout of `frames` frames at 12 Hz (or latents in chunks) after `given` first ones."""
     w, g = config.window, config.generate
     strategy = "divide_and_conquer" if g.strategy == "coarse_to_refine" and not g.jdc else g.strategy
-    return plan_rollout(frames, fps=FRAME_RATE, window=w.frames, conditioning=w.conditioning, anchor_stride=w.anchor_stride, strategy=strategy, given=given)
+    return plan_rollout(frames, fps=FRAME_RATE, window=w.frames, conditioning=w.conditioning, anchor_stride=w.anchor_stride, strategy=strategy, given=given, chunks=chunks)
 
 
 class WindowConditions(NamedTuple):
@@ -50,7 +51,7 @@ def stage_conditions(start: list[Start], windows: Windows) -> WindowConditions:
     """Conditions of all windows of a stage for a batch of starts."""
     count, frames = windows.indices.shape
     b = len(start)
-    waypoints = np.stack([s.trajectory.waypoints(windows.times, windows.reference / windows.video_fps) for s in start], 1)
+    waypoints = np.stack([s.trajectory.waypoints(windows.times, windows.reference_times) for s in start], 1)
     return WindowConditions(
         waypoints=waypoints,
         frame_times=np.broadcast_to(windows.frame_times[:, None], (count, b, frames)).astype(np.float32),
@@ -132,7 +133,7 @@ class Generator:
         """
         check_first_frames(start, (len(VIEWS), *self.model.data["latent_shape"]))
         self.layout.check_videos(len(start))
-        plan = make_plan(self.config, frames, start[0].first_latents.shape[1])
+        plan = make_plan(self.config, frames, start[0].first_latents.shape[1], chunks_of(self.model.data))
         conditions = {stage: stage_conditions(start, windows) for stage, windows in plan.stages.items()}
         rows = make_rows(plan, conditions, skip_coarse=anchors is not None)
         first = np.stack([s.first_latents for s in start])
@@ -206,8 +207,15 @@ def find_weights(config) -> pathlib.Path:
     return path
 
 
-def check_fits(model: WorldModel, codec, data_dir=None) -> None:
-    """Raises `UserError` if the autoencoder, or the encoded data set in `data_dir`, is not of the kind that the model was trained on."""
+def check_fits(model: WorldModel, codec, data_dir=None, video=None) -> None:
+    """Raises `UserError` if the autoencoder (`video`: the temporal one, or None), or the encoded data set in `data_dir`, is not of the kind that
+    the model was trained on."""
+    trained, kind = model.data.get("temporal", "none"), "none" if video is None else video.kind
+    if trained != kind or video is not None and model.data["temporal_sha256"] != video.sha256:
+        raise UserError(
+            f"the model was trained on latents of autoencoder.temporal={trained}, not of these weights with {kind}; set autoencoder.temporal and "
+            "autoencoder.temporal_path to it (`mila generate` and `mila train` know temporal latents, other commands do not)"
+        )
     if model.data.get("autoencoder_sha256") != codec.sha256:
         raise UserError("the model was trained on latents of another autoencoder; set autoencoder.path to that one's file")
     if data_dir is None:
@@ -216,6 +224,8 @@ def check_fits(model: WorldModel, codec, data_dir=None) -> None:
     remedies = {
         "autoencoder_sha256": "prepare it with that autoencoder (autoencoder.path)",
         "latent_shape": "prepare it at that size (data.image_size)",
+        "temporal": "prepare it with that autoencoder.temporal",
+        "temporal_sha256": "prepare it with that temporal autoencoder (autoencoder.temporal_path)",
         "text_encoder": "prepare it with that text encoder (text.encoder; mila doctor says how to install one)",
         "text_shape": "prepare it with that text.length",
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -9,14 +10,15 @@ import time
 import numpy as np
 import tqdm
 
-from mila_jax.decode import Decoder, open_decoder
+from mila_jax.chunks import chunks_of
+from mila_jax.decode import Decoder, VideoDecoder, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import six_view_picture, view_writer
 from mila_jax.explain import describe, draw_picture
 from mila_jax.flow.rollout import KINDS, Rollout, collect, new_frames
 from mila_jax.generate import Generator, Job, check_fits, find_weights, window_settings
 from mila_jax.model.weights import load_model
-from mila_jax.prepare import open_codec
+from mila_jax.prepare import open_codec, open_video_codec
 from mila_jax.start import FRAME_RATE, Start, choose_trajectory, frame_count, from_images, from_scene, read_frames
 from mila_jax.unfinished import Unfinished
 from mila_jax.views import VIEWS
@@ -32,19 +34,23 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     model = load_model(find_weights(config))
     config = window_settings(model, config)
     codec = open_codec(config)
-    check_fits(model, codec, options.data)
+    video = open_video_codec(config, codec)
+    check_fits(model, codec, options.data, video)
     decoder, generator = open_decoder(codec, config), Generator(model, config)
     model = generator.model  # with its parameters on the mesh; the others can go
-    start = find_start(model, config, codec, options)
-    job = generator.job([start], length, options.seed)
+    start = find_start(model, config, codec, options, video)
+    if video is not None:
+        decoder = VideoDecoder(decoder, video, start.first_latents)
+    chunks = chunks_of(model.data)
+    job = generator.job([start], length if chunks is None else chunks.latents_for(length, start.first_latents.shape[1]), options.seed)
     if options.explain:
         print(describe(job.plan, job.tables, generator.options))
         draw_picture(out / "schedule.png", job.plan, job.tables)
         return out / "schedule.png"
     kept = Unfinished(out / "unfinished", identity(generator, job, codec, start, options.seed))
-    making = Making(generator, job, decoder, kept)
+    making = Making(generator, job, decoder, kept, length)
     write_videos(out, making.frames(progress), _display_scale(model.data["image_size"]), options.per_view)
-    save_latents(out / "latents.npz", collect(job.plan, np.stack(making.windows)), start)
+    save_latents(out / "latents.npz", collect(job.plan, np.stack(making.windows)), start, length)
     summary = {
         "seconds": options.seconds, "text": start.description, "waypoints": options.waypoints or "scene", "seed": options.seed, **making.summary(),
     }  # fmt: skip
@@ -55,19 +61,21 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
 
 @dataclasses.dataclass
 class Making:
-    """A video while it is made: its windows so far, of which the first `resumed` were found on disk; `began`: when it was begun."""
+    """A video of `length` frames while it is made: its windows so far, of which the first `resumed` were found on disk; `began`: when it was
+    begun."""
 
     generator: Generator
     job: Job
-    decoder: Decoder
+    decoder: Decoder | VideoDecoder
     kept: Unfinished
+    length: int
     windows: list = dataclasses.field(default_factory=list)
     resumed: int = 0
     began: float = dataclasses.field(default_factory=time.monotonic)
 
     def frames(self, progress: bool):
         """Yields the frames uint8 [v, H, W, 3] of the video; each window is kept on disk before its frames are decoded."""
-        job, made, shown = self.job, 0, 0
+        job, made, taken, left = self.job, 0, 0, self.length
         shape = (1, len(VIEWS), job.plan.window, *self.generator.model.data["latent_shape"])
         finished = list(self.kept.read(shape))[: job.windows]
         self.resumed = len(finished)
@@ -77,20 +85,21 @@ class Making:
                     self.kept.write(number, window)
                 self.windows.append(window)
                 kind = int(job.rows.kind[number])
-                new = new_frames(job.plan, kind, window)[0][:, : job.plan.frames - shown]
-                if new.shape[1]:
-                    yield from self.decoder(new)
-                shown += new.shape[1]
+                new = new_frames(job.plan, kind, window)[0][:, : job.plan.frames - taken]
+                for frame in itertools.islice(self.decoder(new) if new.shape[1] else (), left):
+                    left -= 1
+                    yield frame
+                taken += new.shape[1]
                 made += new.shape[1] if number >= self.resumed else 0
                 rate = made / (time.monotonic() - self.began)
-                bar.set_postfix_str("anchors" if KINDS[kind] == "coarse" else f"frame {shown} of {job.plan.frames}, {rate:.1f} frames/s")
+                bar.set_postfix_str("anchors" if KINDS[kind] == "coarse" else f"frame {self.length - left} of {self.length}, {rate:.1f} frames/s")
                 bar.update()  # all windows cost the same, so the time left is told from the first one on
 
     def summary(self) -> dict:
         """How it was made, as plain values."""
         plan, generator = self.job.plan, self.generator
         return {
-            "frames": plan.frames, "strategy": plan.strategy, "weights_sha256": generator.model.sha256, "steps": generator.options.steps,
+            "frames": self.length, "latents": plan.frames, "strategy": plan.strategy, "weights_sha256": generator.model.sha256, "steps": generator.options.steps,
             "generate_seconds": round(time.monotonic() - self.began, 1), "windows": self.job.windows, "windows_resumed": self.resumed,
             "anchors": plan.anchors, "sampler": dataclasses.asdict(generator.options), "window": plan.window, "conditioning": plan.conditioning,
             "anchor_stride": plan.anchor_stride, "mesh": dict(generator.layout.mesh.shape),
@@ -108,11 +117,12 @@ def write_videos(out: pathlib.Path, frames, scale: float, per_view: bool) -> Non
                 add(frame[view])
 
 
-def save_latents(path: pathlib.Path, video: Rollout, start: Start) -> None:
-    """Writes the latents of the first video [v, t, h, w, c], its anchors before and after correction, the commanded poses (x, y, yaw), the rig."""
+def save_latents(path: pathlib.Path, video: Rollout, start: Start, length: int) -> None:
+    """Writes the latents of the first video [v, t, h, w, c], its anchors before and after correction, the rig, and the commanded poses (x, y, yaw)
+    of its `length` frames."""
     arrays = {"latents": video.latents, "anchors": video.anchors, "corrected": video.corrected}
     arrays = {name: np.asarray(value[0], np.float16) for name, value in arrays.items() if value is not None}
-    poses = start.trajectory.at(np.arange(1, video.latents.shape[2] + 1) / FRAME_RATE)
+    poses = start.trajectory.at(np.arange(1, length + 1) / FRAME_RATE)
     np.savez(path, views=np.array(VIEWS), poses=poses, intrinsics=start.intrinsics, extrinsics=start.extrinsics, **arrays)
 
 
@@ -128,8 +138,8 @@ def writable_folder(path) -> pathlib.Path:
     return out
 
 
-def find_start(model, config, codec, options):
-    """The `Start` that the options ask for: from a scene of an encoded data set, or from a folder of images.
+def find_start(model, config, codec, options, video=None):
+    """The `Start` that the options ask for: from a scene of an encoded data set, or from a folder of images (`video`: with its `VideoCodec`).
 
     Everything is checked before the first image is encoded, which is what first compiles.
     """
@@ -149,9 +159,11 @@ def find_start(model, config, codec, options):
             tokens, mask = text_encoder().encode([options.text])
             start = dataclasses.replace(start, text=tokens[0], text_mask=mask[0], description=options.text)
         return dataclasses.replace(start, trajectory=trajectory, waypoints_known=known)
-    images = read_frames(options.frames, model.data["image_size"])[:, -given:]
+    images = read_frames(options.frames, model.data["image_size"])
+    wanted = given if video is None else video.chunks.frame_count(given)
+    images = images[:, -(wanted if video is None or images.shape[1] >= wanted else 1) :]  # what is no whole chunk: the last image alone
     trajectory = choose_trajectory(options.waypoints, None, options.seconds, options.speed)
-    start = from_images(images, codec, text_encoder(), trajectory, options.text or "")
+    start = from_images(images, codec, text_encoder(), trajectory, options.text or "", video)
     return dataclasses.replace(start, waypoints_known=known)
 
 
@@ -159,7 +171,7 @@ def identity(generator: Generator, job: Job, codec, start, seed: int) -> dict:
     """Everything that decides the windows of a video, as plain values."""
     plan, g = job.plan, generator.config.generate
     return {
-        "weights": generator.model.sha256, "autoencoder": codec.sha256, "seed": seed, "frames": plan.frames, "start": start.digest(),
+        "weights": generator.model.sha256, "autoencoder": [codec.sha256, generator.model.data.get("temporal_sha256")], "seed": seed, "frames": plan.frames, "start": start.digest(),
         "generate": {"strategy": plan.strategy, "guidance_text": g.guidance_text, "guidance_waypoints": g.guidance_waypoints},
         "window": {"frames": plan.window, "conditioning": plan.conditioning, "anchor_stride": plan.anchor_stride, "given": plan.given},
         "sampler": dataclasses.asdict(generator.options),

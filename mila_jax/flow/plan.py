@@ -18,6 +18,7 @@ import dataclasses
 
 import numpy as np
 
+from mila_jax.chunks import Chunks, check_window
 from mila_jax.errors import UserError
 
 STRATEGIES = ("recurrent", "divide_and_conquer", "coarse_to_refine")
@@ -30,7 +31,8 @@ class Windows:
     `indices [W, T]`: frame numbers; `clean [T]` bool: frames not denoised (kept anchors included) in windows with an anchor, or in all
     if there are none; `conditioning`: clean first frames; `anchor`: position of the noisy tail anchor or None; `kept_anchor`: position
     of a tail anchor that stays as it is, or None; `fps`: rate of the generated frames (what the network's fps input is told);
-    `video_fps`: rate that `indices` count in; `every`: each so-many-th window has the anchor.
+    `video_fps`: rate that `indices` count in; `every`: each so-many-th window has the anchor. `chunks`: frames are a temporal autoencoder's
+    latents, of which `before` lie between the first of a chunk and frame 0.
     """
 
     indices: np.ndarray
@@ -41,6 +43,8 @@ class Windows:
     fps: float
     video_fps: float
     every: int = 1
+    chunks: Chunks | None = None
+    before: int = 0
 
     @property
     def count(self) -> int:
@@ -71,12 +75,22 @@ class Windows:
     @property
     def times(self) -> np.ndarray:
         """`[W, T]` seconds after the last given frame (float64)."""
-        return self.indices / self.video_fps
+        return self._seconds(self.indices)
+
+    @property
+    def reference_times(self) -> np.ndarray:
+        """`[W]` seconds of `reference` after the last given frame (float64)."""
+        return self._seconds(self.reference)
 
     @property
     def frame_times(self) -> np.ndarray:
         """`[W, T]` seconds relative to each window's reference, as in training clips (float64)."""
-        return (self.indices - self.reference[:, None]) / self.video_fps
+        return self._seconds(self.indices, self.reference[:, None])
+
+    def _seconds(self, number, reference=0):
+        if self.chunks is None:
+            return (number - reference) / self.video_fps
+        return self.chunks.seconds(number + self.before, reference + self.before)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,16 +134,21 @@ class RolloutPlan:
 
 
 def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: int, anchor_stride: int | None = None,
-                 strategy: str = "coarse_to_refine", given: int | None = None) -> RolloutPlan:
+                 strategy: str = "coarse_to_refine", given: int | None = None, chunks: Chunks | None = None) -> RolloutPlan:
     """Plans a video of `frames` generated frames at `fps` per view.
 
     `window` T frames; `conditioning` N clean ones at its head; `anchor_stride` M frames between anchors, a multiple of T − N (the
     default); `given` number of first frames there are (default N; more than N is fine, the last N are used). `frames` need not be a multiple
-    of anything. Raises UserError, naming the key, for sizes that do not fit.
+    of anything. `chunks`: frames are latents of a temporal autoencoder, 12 Hz video in chunks; the first given one begins a chunk. Raises UserError, naming the key, for sizes that do not fit.
     """
     anchor_stride = window - conditioning if anchor_stride is None else anchor_stride
     given = conditioning if given is None else given
     _check(frames, fps, window, conditioning, anchor_stride, strategy, given)
+    if chunks is not None:
+        _check_chunks(chunks, window, conditioning, given)
+        plain = plan_rollout(frames, fps=fps, window=window, conditioning=conditioning, anchor_stride=anchor_stride, strategy=strategy, given=given)
+        named = {name: _in_chunks(getattr(plain, name), chunks, given - 1) for name in ("bootstrap", "coarse", "refine")}
+        return dataclasses.replace(plain, **named)
     bootstrap, start = None, 0  # start: number of the last frame that exists before the refine stage
     if given < conditioning:
         bootstrap = _consecutive(np.array([0]), window, given, fps)
@@ -164,6 +183,24 @@ def _coarse(start: int, anchors: int, window: int, conditioning: int, stride: in
     row = [*range(start - conditioning + 1, start + 1), *(start + stride * (1 + np.arange(count * step)))]
     indices = np.stack([row[number * step:number * step + window] for number in range(count)])
     return Windows(indices, np.arange(window) < conditioning, conditioning, None, None, fps / stride, fps)
+
+
+def _in_chunks(windows: Windows | None, chunks: Chunks, before: int) -> Windows | None:
+    """The same windows of latents that lie in chunks."""
+    if windows is None:
+        return None
+    stride = round(windows.video_fps / windows.fps)
+    return dataclasses.replace(windows, chunks=chunks, before=before, fps=chunks.rate(stride))
+
+
+def _check_chunks(chunks: Chunks, window: int, conditioning: int, given: int) -> None:
+    """Raises UserError unless every window begins with the first latent of a chunk, as in training."""
+    check_window(chunks, window, conditioning)
+    if conditioning % chunks.latents or given != 1 and given % chunks.latents:
+        raise UserError(
+            f"windows of latents in chunks of {chunks.latents} go on from whole chunks: generate.conditioning={conditioning} must be a multiple of it, "
+            f"the number of given latents ({given}) too, or 1"
+        )
 
 
 def _check(frames, fps, window, conditioning, anchor_stride, strategy, given) -> None:

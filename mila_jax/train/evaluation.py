@@ -19,7 +19,7 @@ from mila_jax.model.network import make_velocity
 from mila_jax.parallel import distributed
 from mila_jax.parallel.logical import with_rules
 from mila_jax.parallel.mesh import replicated
-from mila_jax.prepare import open_codec
+from mila_jax.prepare import open_codec, open_video_codec
 from mila_jax.train.tasks import task_name
 
 LEVELS = np.linspace(0.05, 0.95, 10)
@@ -36,7 +36,7 @@ class Evaluation:
         dir_ = trainer.config.data.dir
         self.tasks = {task_name(spec): ClipSource(dir_, "val", [spec]) for spec in trainer.specs}
         self.key = jax.random.fold_in(trainer.key, 0xE7A1)  # apart from the keys of steps by being folded twice
-        self._picture, self._codec = None, None
+        self._picture, self._codec, self._video = None, None, None
 
     def losses(self, params) -> dict:
         """Mean loss at ten fixed noise levels on the first `train.eval_batches` batches of each kind of window.
@@ -71,10 +71,12 @@ class Evaluation:
         latents, truth = jax.device_get(self._picture(params, self._batch))
         if not distributed.first():
             return None
-        frames = latents.shape[1]
         first = int(self._conditioning)
-        chosen = sorted({first, (first + frames - 1) // 2, frames - 1})
         with jax.set_mesh(_own_mesh()):
+            if self._video is not None:
+                latents, truth, first = self._video.decode(latents), self._video.decode(truth), self._video.chunks.frame_count(first)
+            frames = latents.shape[1]
+            chosen = sorted({first, (first + frames - 1) // 2, frames - 1})
             rows = [[six_view_picture(self._codec.decode(video[:, t])) for t in chosen] for video in (latents, truth)]
         return np.concatenate([np.concatenate(row, 1) for row in rows], 0)
 
@@ -83,6 +85,9 @@ class Evaluation:
         if distributed.first():
             with jax.set_mesh(_own_mesh()):
                 self._codec = open_codec(trainer.config)
+                self._video = open_video_codec(trainer.config, self._codec)
+            if (self._video and self._video.sha256) != trainer.data.get("temporal_sha256"):
+                raise UserError(f"{trainer.config.data.dir} was made with another temporal autoencoder; set autoencoder.temporal to it, or train.eval_picture=False")
             if self._codec.sha256 != trainer.data.get("autoencoder_sha256"):
                 raise UserError(f"{trainer.config.data.dir} was made with another autoencoder; set autoencoder.path to it, or train.eval_picture=False")
         spec = max(trainer.specs, key=lambda s: s.fps)

@@ -13,6 +13,7 @@ from flax import nnx
 from data_pipeline.clips import ClipSource, read_scene
 from data_pipeline.loader import make_loader
 from data_pipeline.records import read_index, write_atomically
+from mila_jax.chunks import chunks_of
 from mila_jax.errors import UserError
 from mila_jax.model.grow import can_grow, grow
 from mila_jax.model.precondition import Prior, measure_prior
@@ -94,6 +95,8 @@ class Trainer:
         """Measured once per run and kept, so that a resumed run is the same function whatever became of the data."""
         if self.config.model.precondition == "none":
             return None
+        if chunks_of(self.data) is not None:
+            raise UserError(f"model.precondition={self.config.model.precondition} is for one latent a frame; set it to none for {self.config.data.dir}")
         text = distributed.share(self._prior_text() if distributed.first() else None)
         return Prior(**{name: np.asarray(value, np.float32) for name, value in json.loads(text).items()})
 
