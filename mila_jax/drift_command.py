@@ -26,6 +26,8 @@ def drift_command(config, folders, out, *, extractor=None, ego_motion=None) -> p
     """
     if config.data.dir is None:
         raise UserError("data.dir is not set; give --config.data.dir=FOLDER of an encoded data set, whose val scenes are compared with")
+    if "temporal" in read_index(config.data.dir).meta:
+        raise UserError(f"{config.data.dir} holds temporal latents (autoencoder.temporal); mila drift is for those of single pictures")
     out = writable_folder(out)
     decoder = open_decoder(open_codec(config), config)
     extractor = extractor or FeatureExtractor(FEATURE_SIZE)
