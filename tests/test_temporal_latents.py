@@ -37,7 +37,7 @@ def with_temporal(config, folder, kind):
     config.data.dir, config.train.dir = str(folder / "encoded"), str(folder / "train")
     config.window.frames, config.window.conditioning, config.window.anchor_stride = 10, 5, 5
     config.train.fps, config.train.fps_weights = (12.0,), (1.0,)
-    config.model.precondition = "none"
+    config.model.precondition, config.model.sweep = "none", 0
     return config
 
 
