@@ -18,9 +18,9 @@ def dit_config(model, latent_channels: int, image_size, text_width: int, text_le
     """
     if model.precondition not in PRECONDITIONS:
         raise UserError(f"model.precondition={model.precondition!r} is unknown; use one of {', '.join(PRECONDITIONS)}")
-    sweep = model.get("sweep", 0)
-    if not 0 <= sweep <= len(CORRIDORS) or (sweep and model.precondition != "motion"):
-        raise UserError(f"model.sweep={sweep} must lie between 0 and {len(CORRIDORS)}, and be 0 unless model.precondition=motion")
+    sweep = model.get("sweep", 0)  # of no consequence without the motion prior
+    if not 0 <= sweep <= len(CORRIDORS):
+        raise UserError(f"model.sweep={sweep} must lie between 0 and {len(CORRIDORS)}")
     config = DiTConfig(
         width=model.width, depth=model.depth, heads=model.heads, patch=tuple(model.patch),
         in_channels=latent_channels * (2 + sweep if model.precondition == "motion" else 1), out_channels=latent_channels,
