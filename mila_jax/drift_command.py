@@ -11,17 +11,21 @@ from mila_jax.decode import open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import drift
 from mila_jax.evaluate.consistency import overlaps
+from mila_jax.evaluate.egomotion import EgoMotion, following
 from mila_jax.evaluate.efficientnet import FeatureExtractor
 from mila_jax.evaluate.report import Report
+from mila_jax.geometry import relative_waypoints
 from mila_jax.generate_command import writable_folder
 from mila_jax.prepare import open_codec
 from mila_jax.scores import FEATURE_SIZE
+from mila_jax.views import view_index
 
 
 def drift_command(config, folders, out, *, extractor=None, ego_motion=None) -> pathlib.Path:
     """`mila drift`: folders that `mila generate` made, against the val scenes of `data.dir`; writes drift.json and drift.html to `out`.
 
-    Videos of one strategy are one curve. ego_motion: see `evaluate.drift.measure`; used on videos that tell their poses.
+    Videos of one strategy are one curve. ego_motion: see `evaluate.drift.measure`, None: `EgoMotion` of each video's rig; used on videos that
+    tell their poses, whose trajectory is compared with the commanded one (`following`), and on recorded scenes, which tell its own error.
     Raises `UserError` for a folder without a finished video.
     """
     if config.data.dir is None:
@@ -31,12 +35,15 @@ def drift_command(config, folders, out, *, extractor=None, ego_motion=None) -> p
     out = writable_folder(out)
     decoder = open_decoder(open_codec(config), config)
     extractor = extractor or FeatureExtractor(FEATURE_SIZE)
-    recorded, strips = [], None
+    recorded, strips, follow = [], None, {"recorded": []}
     for scene in (s for s in read_index(config.data.dir).scenes if s.split == "val"):
         scene = read_scene(config.data.dir, scene.name)
         frames = list(decoder(scene["latents"].swapaxes(0, 1)))
         strips = overlaps(*(scene[key][0] for key in ("intrinsics", "cam2ego_translation", "cam2ego_rotation")), *frames[0].shape[1:3])
-        recorded.append(drift.measure(frames, extractor=extractor, strips=strips))
+        poses = waypoints_of(scene)
+        estimator = ego_motion or EgoMotion(scene["intrinsics"][0], rig(scene))
+        recorded.append(drift.measure(frames, extractor=extractor, strips=strips, ego_motion=estimator, poses=poses))
+        follow["recorded"].append(_follow(recorded[-1], poses) | {"video": scene["name"]})
     if not recorded:
         raise UserError(f"{config.data.dir} has no val scenes to compare with")
     groups, residuals = {}, {}
@@ -49,14 +56,36 @@ def drift_command(config, folders, out, *, extractor=None, ego_motion=None) -> p
             raise UserError(f"{folder} has no finished video of mila generate ({error})") from None
         if about["frames"] < drift.RATE:
             raise UserError(f"{folder} holds {about['frames']} frames; drift needs at least a second ({drift.RATE})")
-        estimator = ego_motion if "poses" in arrays else None
+        estimator = None
+        if {"poses", "intrinsics", "extrinsics"} <= set(arrays):
+            estimator = ego_motion or EgoMotion(arrays["intrinsics"], arrays["extrinsics"])
         measured = drift.measure(decoder(arrays["latents"]), extractor=extractor, strips=strips, ego_motion=estimator, poses=arrays.get("poses"))
         groups.setdefault(about["strategy"], []).append(measured)
+        if estimator is not None:
+            follow.setdefault(about["strategy"], []).append(_follow(measured, arrays["poses"]) | {"video": folder.name})
         if "anchors" in arrays:
             residuals[folder.name] = drift.anchor_residual(arrays["anchors"], arrays["corrected"], about["anchor_stride"])
     named = {name: drift.curves(videos, recorded) for name, videos in groups.items()}
-    (out / "drift.json").write_text(json.dumps({"curves": named, "anchor_residual": residuals}, indent=1))
+    (out / "drift.json").write_text(json.dumps({"curves": named, "anchor_residual": residuals, "following": follow}, indent=1))
     report = Report("Drift")
     report.add_text(f"{len(folders)} generated videos beside {len(recorded)} recorded scenes (decoded from their latents).")
+    report.add_text("Trajectory read from the video against the commanded one; the recorded rows are the reader's own error.")
+    report.add_table([{"of": name} | row for name, rows in follow.items() for row in rows])
     drift.add_to_report(report, named, residuals)
     return report.write(out / "drift.html")
+
+
+def rig(scene) -> np.ndarray:
+    """[6, 7]: translations (metres) and quaternions camera → ego of a scene of `read_scene`, at its first instant."""
+    return np.concatenate([scene["cam2ego_translation"][0], scene["cam2ego_rotation"][0]], -1)
+
+
+def waypoints_of(scene) -> np.ndarray:
+    """Poses [t, 3] of the front camera's records, relative to the first."""
+    front = view_index("CAM_FRONT")
+    return relative_waypoints(scene["ego_translation"][:, front], scene["ego_rotation"][:, front], 0)
+
+
+def _follow(measured, poses) -> dict:
+    found = measured["movements"]
+    return following(found, drift.movements(np.asarray(poses)[: len(found) + 1]))

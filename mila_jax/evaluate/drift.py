@@ -31,7 +31,7 @@ def measure(frames: Iterable, *, extractor: Callable | None = None, strips=None,
     [n, d], kept under "features". strips: of `consistency.overlaps`. ego_motion: uint8 [t, 6, H, W, 3] → movements [t−1, 3] from
     frame to frame (metres forward and left, radians); poses [t, 3]: the commanded ones at the
     frames (x, y metres, yaw radians, in one frame). Returns dict of float64 [seconds]: `STATISTICS` (grey levels), view_agreement
-    (correlation), speed_error (m/s) and yaw_rate_error (rad/s), mean absolute ones.
+    (correlation), speed_error (m/s) and yaw_rate_error (rad/s), mean absolute ones; with ego_motion also movements, all of them joined.
     """
     found, chunk, last, count = {}, [], None, 0
 
@@ -57,10 +57,12 @@ def measure(frames: Iterable, *, extractor: Callable | None = None, strips=None,
             steps = np.asarray(ego_motion(joined), np.float64)
             commanded = movements(np.asarray(poses)[count - len(joined) : count])
             keep("speed_error", np.abs(steps[:, 0] - commanded[:, 0]).mean() * RATE)
+            keep("movements", steps)
             keep("yaw_rate_error", np.abs(steps[:, 2] - commanded[:, 2]).mean() * RATE)
     if not found:
         raise ValueError("drift needs at least one second of video")
-    return {name: np.stack(values) if name == "features" else np.array(values) for name, values in found.items()}
+    joined = {"movements": np.concatenate(found.pop("movements"))} if "movements" in found else {}
+    return joined | {name: np.stack(values) if name == "features" else np.array(values) for name, values in found.items()}
 
 
 def movements(poses):
