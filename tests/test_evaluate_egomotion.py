@@ -80,9 +80,10 @@ def test_drift_tells_how_videos_follow_their_waypoints(small_config, tmp_path):
     np.savez(folder / "latents.npz", intrinsics=INTRINSICS, extrinsics=_rig(), **arrays)
     (folder / "generate.json").write_text(json.dumps({"frames": 13, "strategy": "corrected", "anchor_stride": 4}))
     true = [[0.5, 0, 0]]
-    page = drift_command(
-        small_config, [folder], tmp_path / "out", extractor=lambda x: x.reshape(len(x), -1)[:, :4].astype(float), ego_motion=lambda f: true * (len(f) - 1)
-    )
+    def features(images):
+        return images.reshape(len(images), -1)[:, :4].astype(float)
+
+    page = drift_command(small_config, [folder], tmp_path / "out", extractor=features, ego_motion=lambda f: true * (len(f) - 1))
     found = json.loads((tmp_path / "out" / "drift.json").read_text())
     (row,) = found["following"]["corrected"]
     assert row["video"] == "video" and row["ade_m"] == pytest.approx(0, abs=1e-9) and row["path_m"] == pytest.approx(5.5)
