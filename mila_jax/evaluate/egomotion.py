@@ -3,6 +3,10 @@
 Pixels of the later picture are put on a bowl (flat ground and a wall around, `consistency.bowl_points`), moved by a candidate motion and looked
 up in the earlier picture of the same camera. The motion is the one whose pictures differ least. How far things are is not known, so several
 radii are tried and each neighbourhood takes the one that fits it, as in a plane sweep.
+
+Headings are read well, speeds roughly: on 1.5 s of three val scenes of the simulated world (64×112, recorded pictures) a quarter of a second's
+turn was off by 0.002 to 0.008 degrees, its speed by 0.8 to 1.3 m/s (at 4 to 7.5 m/s), mostly on roads without marks. Read following beside
+the recorded video's.
 """
 
 import numpy as np
@@ -16,7 +20,7 @@ RADII = (10.0, 25.0, 80.0)  # metres
 GAP = 3  # frames from one picture to the next: at 12 Hz what one frame moves is less than a pixel of a small picture
 STRIDE = 2  # every second pixel of either direction is compared
 CAP = 25.0  # grey levels: other cars and hidden ground are no worse than this
-SPEEDS, INERTIA = 46, 30.0  # searched speeds; grey levels for a change of one metre a frame from one pair to the next
+SPEEDS, INERTIA = 46, 30.0  # speeds searched; grey levels for a change of 1 m a frame, the best of 0, 30, 300 on three training scenes
 FASTEST, SHARPEST = 1.8, 0.08  # metres and radians a frame: what is searched, 21 m/s and 1 rad/s at 12 Hz
 
 
