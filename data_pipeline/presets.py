@@ -36,6 +36,7 @@ class ClipPreset:
     window: int = 0  # frames generated at a time by the published model; 0: not said
     fid_from: int = 0  # first frame of a clip whose picture is scored
     fvd_from: int = 0  # first frame of a clip that belongs to the scored video
+    fvd_resize: str = "tf1"  # how frames come to FVD's network (`mila_jax.evaluate.resize`); the original way where nothing is said
     split: str = "val"
     published: int | None = None  # clips of the real validation split
     source: str = ""
@@ -69,8 +70,8 @@ PRESETS = {
                    source="Vista (OpenDriveLab/Vista, issues 9 and 37): FVD with the given frame, FID on the 24 generated ones"),
         ClipPreset("long-150", "six", 148, 4, "scene", window=28, fid_from=4, fvd_from=4, published=150,
                    source="MiLA, long videos: 150 clips, scored in windows of seconds; read as 12 s after 4 given frames"),
-        ClipPreset("opendwm-150x16@10", "six", 19, 3, "scene", fps=10, window=19, fid_from=3, fvd_from=3, published=150,
-                   source="OpenDWM (SenseTime-FVG/OpenDWM): 3 reference frames, 16 scored at 10 Hz, one clip a scene"),
+        ClipPreset("opendwm-150x16@10", "six", 19, 3, "scene", fps=10, window=19, fid_from=3, fvd_from=3, fvd_resize="squash", published=150,
+                   source="OpenDWM (SenseTime-FVG/OpenDWM): 3 reference frames, 16 scored at 10 Hz, one clip a scene; squashed to FVD's size"),
         ClipPreset("wcoda-150x4x16", "six", 16, 1, "scene", samples=4, window=16, fid_from=0, published=600,
                    source="W-CODA 2024 track 2, as MagicDrive-V2 scores: 150 scenes, 4 samples, 16 frames"),
     )

@@ -34,15 +34,24 @@ FRONT = view_index("CAM_FRONT")
 SHOWN = 3  # clips whose videos are in the report
 
 
-def parse_networks(texts) -> list[Network]:
-    """Networks of options such as `effnet`, `effnet@112`, `i3d`, `i3d=FILE`, `inception=FILE`; all that need no file for None."""
+def parse_networks(texts, preset=None) -> list[Network]:
+    """Networks of options such as `effnet`, `effnet@112`, `i3d`, `i3d:crop=FILE`, `inception=FILE`; all that need no file for None.
+
+    What follows a colon is one of `resize.METHODS` for inception and i3d; without it i3d's is the preset's and inception's the original one.
+    """
     found = []
     for text in texts or ("effnet",):
         name, _, path = text.partition("=")
         name, _, size = name.partition("@")
+        name, _, method = name.partition(":")
         if size and not size.isdigit():
             raise UserError(f"--network={text}: the input size {size!r} is no number")
-        found.append(open_network(name, path or None, **({"size": int(size)} if size else {})))
+        if size and name != "effnet" or method and name == "effnet":
+            raise UserError(f"--network={text}: effnet alone takes an input size (effnet@112), inception and i3d alone a resize (i3d:crop)")
+        settings = {"size": int(size)} if size else {}
+        if method or name == "i3d" and preset is not None:
+            settings["method"] = method or preset.fvd_resize
+        found.append(open_network(name, path or None, **settings))
     return found
 
 
@@ -169,7 +178,7 @@ def preset_command(config, name: str, out, *, networks=None, limit: int = 0, pro
         clips = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, min(limit, len(clips))).astype(int))]
     out = writable_folder(out)
     (out / "clips").mkdir(exist_ok=True)
-    bench = PresetBench(config, preset, parse_networks(networks), out / "clips")
+    bench = PresetBench(config, preset, parse_networks(networks, preset), out / "clips")
     cells = []
     for number, clip in enumerate(tqdm.tqdm(clips, desc=name, unit="clip", disable=not progress)):
         cells.append(bench.cell(clip, out / f"clip{number}.mp4" if number < SHOWN else None))

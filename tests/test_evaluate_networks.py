@@ -12,7 +12,7 @@ import pytest
 
 from mila_jax.errors import UserError
 from mila_jax.evaluate import convolutions, i3d, inception, resize
-from mila_jax.evaluate.networks import open_network
+from mila_jax.evaluate.networks import inception_features, open_network
 from mila_jax.evaluate.pickled_arrays import read_pickled_arrays
 from tests.test_evaluate_torch_files import Tensor, dumps, write_zip
 
@@ -39,7 +39,7 @@ def _state_dict(shapes: dict, conv: str, rng) -> dict:
     flat = {}
     for name, shape in shapes.items():
         rank = len(shape) - 2
-        kernel = rng.normal(0, 1 / np.sqrt(np.prod(shape[:-1])), shape).astype(np.float32)
+        kernel = rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape).astype(np.float32)
         flat[f"{name}.{conv}.weight"] = kernel.transpose(rank + 1, rank, *range(rank))
         if name == "logits":
             flat[f"{name}.{conv}.bias"] = rng.normal(size=shape[-1]).astype(np.float32)
@@ -107,7 +107,8 @@ def test_inception_equals_the_module_of_pytorch_fid(tmp_path):
     flat = _state_dict(inception.shapes(), "conv", np.random.default_rng(0))
     _write(tmp_path / "a.pth", flat)
     x = np.random.default_rng(1).uniform(-1, 1, (2, 299, 299, 3)).astype(np.float32)
-    np.savez(tmp_path / "in.npz", x=x.transpose(0, 3, 1, 2), **flat)
+    pictures = np.random.default_rng(2).integers(0, 256, (2, 48, 80, 3)).astype(np.uint8)
+    np.savez(tmp_path / "in.npz", x=x.transpose(0, 3, 1, 2), pictures=pictures.transpose(0, 3, 1, 2), **flat)
     code = """
 import sys, numpy as np, torch
 operators = torch.library.Library("torchvision", "DEF")  # a torchvision built for another torch lacks it, and does not load; not needed here
@@ -119,17 +120,40 @@ net.Mixed_5b, net.Mixed_5c, net.Mixed_5d = (m.FIDInceptionA(c, pool_features=p) 
 net.Mixed_6b, net.Mixed_6c, net.Mixed_6d, net.Mixed_6e = (m.FIDInceptionC(768, channels_7x7=c) for c in (128, 160, 160, 192))
 net.Mixed_7b, net.Mixed_7c = m.FIDInceptionE_1(1280), m.FIDInceptionE_2(2048)
 z = np.load(sys.argv[1])
-missing, extra = net.load_state_dict({k: torch.from_numpy(z[k]) for k in z.files if k != "x"}, strict=False)
+missing, extra = net.load_state_dict({k: torch.from_numpy(z[k]) for k in z.files if k not in ("x", "pictures")}, strict=False)
 assert not extra and all(k.startswith("fc.") or k.endswith("num_batches_tracked") for k in missing), (missing, extra)
 net.fc, net.dropout = torch.nn.Identity(), torch.nn.Identity()
 net.eval(); net.transform_input = False
 with torch.no_grad():
-    np.save(sys.argv[2], net(torch.from_numpy(z["x"])).numpy())
+    resized = torch.nn.functional.interpolate(torch.from_numpy(z["pictures"]) / 255, (299, 299), mode="bilinear", align_corners=False)  # as its forward
+    np.savez(sys.argv[2], network=net(torch.from_numpy(z["x"])).numpy(), whole=net(2 * resized - 1).numpy())
 """
-    subprocess.run([TORCH, "-c", code, str(tmp_path / "in.npz"), str(tmp_path / "out.npy")], check=True, timeout=300)
-    ours = jax.jit(inception.forward)(inception.load_params(tmp_path / "a.pth", check=False), x)
-    theirs = np.load(tmp_path / "out.npy")
-    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    subprocess.run([TORCH, "-c", code, str(tmp_path / "in.npz"), str(tmp_path / "out.npz")], check=True, timeout=300)
+    params = inception.load_params(tmp_path / "a.pth", check=False)
+    ours = {"network": jax.jit(inception.forward)(params, x), "whole": jax.jit(inception_features, static_argnames="method")(params, pictures, method="squash")}
+    with np.load(tmp_path / "out.npz") as theirs:
+        for part, values in ours.items():
+            # Measured by what the input does to the features: those of random weights are mostly the same for all inputs.
+            spread = np.abs(np.diff(theirs[part], axis=0)).max()
+            assert spread > 1e-3 * np.abs(theirs[part]).max()
+            np.testing.assert_allclose(values, theirs[part], rtol=0, atol=1e-3 * spread, err_msg=part)
+
+
+def test_inception_has_two_preprocessings():
+    """A plain picture is resized to itself: 64 becomes (64 - 128) / 128 in the original way, 64 / 127.5 - 1 in pytorch-fid's."""
+    seen = {}
+
+    def forward(params, x):
+        seen[params] = (x.shape, float(x.min()), float(x.max()))
+        return x.mean((1, 2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "forward", forward)
+        for method in ("tf1", "squash"):
+            inception_features(method, jnp.full((1, 20, 30, 3), 64, jnp.uint8), method)
+    for method, value in (("tf1", -0.5), ("squash", 64 / 127.5 - 1)):
+        assert seen[method][0] == (1, 299, 299, 3)
+        np.testing.assert_allclose(seen[method][1:], value, atol=1e-6)
 
 
 def test_resizes_differ_as_published():

@@ -1,10 +1,12 @@
 """Protocol cards, statistics that come in parts, and scores with their sanity values."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
+from mila_jax.errors import UserError
 from mila_jax.evaluate import frechet, protocol
 
 CARD = protocol.Card(
@@ -21,6 +23,30 @@ def test_card_tells_everything_and_finds_what_differs():
     for field in dataclasses.fields(CARD):
         if field.name != "seed":
             assert CARD.differences(dataclasses.replace(CARD, **{field.name: "other"})) == [field.name]
+
+
+def test_card_comes_back_from_json():
+    assert "\n" not in CARD.json() and protocol.Card(**json.loads(CARD.json())) == CARD
+
+
+def test_windows_of_seconds_leave_out_what_was_given():
+    assert protocol.window(148, 4, 12, 0, 4) == (4, 47)  # t = 0 is the last given frame
+    assert protocol.window(148, 4, 12, 4, 8) == (51, 48) and protocol.window(148, 4, 12, 8, 12) == (99, 48)
+    assert protocol.window(19, 3, 10, 0.1, 0.3) == (3, 2)
+    for start, stop in ((8, 12.2), (3, 3), (0, 0.05)):
+        with pytest.raises(UserError, match="seconds|window"):
+            protocol.window(148, 4, 12, start, stop)
+
+
+def test_statistics_of_several_hosts_merge_exactly():
+    x = np.random.default_rng(5).normal(1e4, 1, (50, 4))
+    merged = protocol.Statistics()
+    for rows in np.split(x, [3, 30]):
+        merged.merge(protocol.Statistics().add(rows))
+    merged.merge(protocol.Statistics())
+    mean, covariance = merged.gaussian()
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-10)
 
 
 def test_statistics_do_not_depend_on_the_parts():

@@ -42,7 +42,23 @@ def trained(small_config, tmp_path_factory):
 def known(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "short", SHORT)
     monkeypatch.setitem(presets.PRESETS, "slow", dataclasses.replace(SHORT, name="slow", fps=6, conditioning=3, fid_from=3, fvd_from=1))
-    monkeypatch.setattr(preset_scores, "parse_networks", lambda texts: NETWORKS)
+    monkeypatch.setattr(preset_scores, "parse_networks", lambda texts, preset: NETWORKS)
+
+
+PARSE = preset_scores.parse_networks  # `known` puts another in its place
+
+
+def test_networks_by_option(monkeypatch):
+    monkeypatch.setattr(preset_scores, "open_network", lambda name, path, **settings: (name, path, settings))
+    options = ["effnet@112", "i3d", "i3d:crop=a:b.pt", "inception=c@d.pth", "inception:squash=c.pth"]
+    assert PARSE(options, presets.PRESETS["opendwm-150x16@10"]) == [
+        ("effnet", None, {"size": 112}), ("i3d", None, {"method": "squash"}), ("i3d", "a:b.pt", {"method": "crop"}),
+        ("inception", "c@d.pth", {}), ("inception", "c.pth", {"method": "squash"}),
+    ]  # fmt: skip
+    assert PARSE(["i3d"], presets.PRESETS["mila-600"]) == [("i3d", None, {"method": "tf1"})]
+    for bad in ("i3d@112", "effnet:squash", "effnet@big"):
+        with pytest.raises(UserError, match=f"--network={bad}"):
+            PARSE([bad])
 
 
 def test_scores_with_cards_resumed_and_compared(trained, tmp_path, monkeypatch):

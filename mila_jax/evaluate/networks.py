@@ -57,9 +57,10 @@ class Network:
 def open_network(name: str, path=None, *, method: str = "tf1", size: int = 224, chunk: int | None = None) -> Network:
     """The network `name` of `NETWORKS` with the weights in `path` (None: those of an installed package, where there is one).
 
-    method: of `resize.METHODS`, how pictures come to the size of inception and i3d. size: side of effnet's input in pixels. chunk: pictures or
-    clips at a time. Raises `UserError`
-    for an unknown name, for weights that are missing, and naming the tensor for a file of another network.
+    method: of `resize.METHODS`, how pictures come to the size of inception and i3d. For inception it also says how they are scaled: with `tf1`
+    as in the original FID and torch-fidelity, (x − 128) / 128, with the others as in pytorch-fid, x / 127.5 − 1; the two give different
+    values. size: side of effnet's input in pixels. chunk: pictures or clips at a time. Raises `UserError` for an unknown name or
+    method, for weights that are missing, and naming the tensor for a file of another network.
     """
     if name not in NETWORKS:
         raise UserError(f"unknown feature network {name!r}; use one of {', '.join(NETWORKS)}")
@@ -71,14 +72,12 @@ def open_network(name: str, path=None, *, method: str = "tf1", size: int = 224, 
                        False, function, chunk or 16)  # fmt: skip
     if name == "inception":
         if path is None:
-            raise UserError("FID needs the file pt_inception-2015-12-05-6726825d.pth; give its path (--inception=FILE), it is part of no package")
+            raise UserError("FID needs the file pt_inception-2015-12-05-6726825d.pth; give its path (inception=FILE), it is part of no package")
         params = inception.load_params(path)
-
-        def pictures(x):
-            return inception.forward(params, (resized(x.astype(jnp.float32), inception.SIZE) - 128) / 128)
-
-        return Network("FID", "Inception-v3 of 2015-12-05, 2048 features", _sha256(path), f"{inception.SIZE}, {method}, (x - 128) / 128", False,
-                       jax.jit(pictures), chunk or 16)  # fmt: skip
+        function = jax.jit(functools.partial(inception_features, params, method=method))
+        scaling = "(x - 128) / 128" if method == "tf1" else "x / 127.5 - 1"
+        return Network("FID", "Inception-v3 of 2015-12-05, 2048 features", _sha256(path), f"{inception.SIZE}, {method}, {scaling}", False, function,
+                       chunk or 16)  # fmt: skip
     file = pathlib.Path(path or i3d.find_weights())
     params = i3d.load_params(path)
 
@@ -87,6 +86,12 @@ def open_network(name: str, path=None, *, method: str = "tf1", size: int = 224, 
         return i3d.forward(params, (flat * (2 / 255) - 1).reshape(x.shape[:2] + flat.shape[1:]))
 
     return Network("FVD", "I3D, Kinetics-400, 400 logits", _sha256(file), f"{i3d.SIZE}, {method}, 2 x / 255 - 1", True, jax.jit(videos), chunk or 2)
+
+
+def inception_features(params, x, method: str):
+    """Features [n, 2048] of pictures [n, H, W, 3] in 0..255, resized and scaled as `open_network` says of `method`."""
+    x = resize.method(method)(x.astype(jnp.float32), inception.SIZE)
+    return inception.forward(params, (x - 128) / 128 if method == "tf1" else x / 127.5 - 1)
 
 
 def _sha256(path) -> str:

@@ -5,10 +5,12 @@ and what a broken video gives (the real frames shuffled in time, or the first on
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable
 
 import numpy as np
 
+from mila_jax.errors import UserError
 from mila_jax.evaluate import frechet
 
 
@@ -34,6 +36,9 @@ class Card:
     clips_sha256: str
     seed: int
 
+    def __post_init__(self):
+        object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON has lists
+
     def text(self) -> str:
         """The card in two lines."""
         last = self.first + self.frames - 1
@@ -47,6 +52,25 @@ class Card:
         """Names of the fields in which two cards differ so that their scores cannot be compared; the seed alone may differ."""
         mine, yours = ({k: tuple(v) if isinstance(v, list) else v for k, v in dataclasses.asdict(card).items()} for card in (self, other))
         return [key for key in mine if key != "seed" and mine[key] != yours[key]]
+
+    def json(self) -> str:
+        """One line of JSON; `Card(**json.loads(line))` is the card again."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def window(frames: int, given: int, fps: float, start: float, stop: float) -> tuple[int, int]:
+    """First frame and number of frames of a clip that "`start` to `stop` seconds" means: start <= t < stop seconds after the last given frame.
+
+    frames: of the clip, the given ones included; none of those is ever inside. Raises `UserError` for a window that ends after the clip or
+    holds no frame.
+    """
+    times = (np.arange(frames) - (given - 1)) / fps
+    # A rounding error of 1/fps must not move a frame over an edge.
+    inside = np.flatnonzero((np.arange(frames) >= given) & (times >= start - 1e-6) & (times < stop - 1e-6))
+    end = (frames - given + 1) / fps
+    if not len(inside) or stop > end + 1e-6:
+        raise UserError(f"the window of {start:g} to {stop:g} s holds no frames or ends after the clip, which has {end:g} s at {fps:g} Hz; choose another")
+    return int(inside[0]), len(inside)
 
 
 def disturbed(frames, seed: int) -> dict:
@@ -62,13 +86,21 @@ class Statistics:
         self.count, self.mean, self.scatter = 0, 0.0, 0.0
 
     def add(self, features) -> "Statistics":
-        """Takes in features [n, d]; exact, whatever the parts (Chan, Golub and LeVeque 1979)."""
+        """Takes in features [n, d], n >= 1; exact, whatever the parts."""
         features = np.asarray(features, np.float64)
-        n, mean = len(features), features.mean(0)
-        centred, gap, total = features - mean, mean - self.mean, self.count + n
-        self.scatter = self.scatter + centred.T @ centred + np.outer(gap, gap) * (self.count * n / total)
-        self.mean = self.mean + gap * (n / total)
-        self.count = total
+        part = Statistics()
+        part.count, part.mean = len(features), features.mean(0)
+        part.scatter = (features - part.mean).T @ (features - part.mean)
+        return self.merge(part)
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Takes in what another one, of other hosts or clips, has seen (Chan, Golub and LeVeque 1979)."""
+        total = self.count + other.count
+        if total:
+            gap = other.mean - self.mean
+            self.scatter = self.scatter + other.scatter + np.multiply.outer(gap, gap) * (self.count * other.count / total)
+            self.mean = self.mean + gap * (other.count / total)
+            self.count = total
         return self
 
     def gaussian(self):
