@@ -24,5 +24,5 @@ def test_ten_seconds_and_a_minute_on_eight_chips():
     assert abs(long["temporaries"] - short["temporaries"]) <= 0.02 * short["temporaries"]
     # What grows is the latents that come out: of each window a device holds its two of eight frames.
     latents = (140 - 24) * 6 * 2 * 16 * 28 * 8 * 4
-    assert latents <= long["outputs"] - short["outputs"] <= 1.5 * latents  # rows of 8 channels are padded
+    assert latents <= long["outputs"] - short["outputs"] <= 3 * latents  # arrays of few channels are padded
     assert short["kernels"] == long["kernels"] > 0 and short["collectives"]["all-to-all"] > 0
