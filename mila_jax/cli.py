@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     drift = command("drift", "curves of how generated videos change from second to second, beside recorded ones (config.data.dir)")
     drift.add_argument("videos", nargs="+", metavar="DIR", help="folders that mila generate made; videos of one strategy are one curve")
     drift.add_argument("--out", required=True, metavar="DIR")
+    drift.add_argument("--motion", action="store_true", help="read the car's motion from the videos, too, and compare it with the waypoints (slow)")
     ablate = command("ablate", "the paper's ablations on the val scenes of config.data.dir, with bootstrap intervals; goes on where it stopped")
     ablate.add_argument("--out", required=True, metavar="DIR")
     ablate.add_argument("--clips", type=int, default=8, help="held-out clips of each of the two halves, to tune and to report on")
@@ -145,7 +146,7 @@ def _run(options, config) -> int:
     elif options.command == "drift":
         from mila_jax.drift_command import drift_command
 
-        print(drift_command(config, options.videos, options.out))
+        print(drift_command(config, options.videos, options.out, motion=options.motion))
     elif options.command == "ablate":
         from mila_jax.ablate import ablate_command
 

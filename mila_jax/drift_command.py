@@ -21,11 +21,12 @@ from mila_jax.scores import FEATURE_SIZE
 from mila_jax.views import view_index
 
 
-def drift_command(config, folders, out, *, extractor=None, ego_motion=None) -> pathlib.Path:
+def drift_command(config, folders, out, *, extractor=None, motion: bool = False, ego_motion=None) -> pathlib.Path:
     """`mila drift`: folders that `mila generate` made, against the val scenes of `data.dir`; writes drift.json and drift.html to `out`.
 
-    Videos of one strategy are one curve. ego_motion: see `evaluate.drift.measure`, None: `EgoMotion` of each video's rig; used on videos that
-    tell their poses, whose trajectory is compared with the commanded one (`following`), and on recorded scenes, which tell its own error.
+    Videos of one strategy are one curve. motion: read the car's motion, too, by `EgoMotion` of each video's rig or by `ego_motion` (see
+    `evaluate.drift.measure`), from videos that tell their poses, whose trajectory is compared with the commanded one (`following`), and from
+    recorded scenes, which tell the reader's own error; some two CPU seconds for each second of video.
     Raises `UserError` for a folder without a finished video.
     """
     if config.data.dir is None:
@@ -41,9 +42,10 @@ def drift_command(config, folders, out, *, extractor=None, ego_motion=None) -> p
         frames = list(decoder(scene["latents"].swapaxes(0, 1)))
         strips = overlaps(*(scene[key][0] for key in ("intrinsics", "cam2ego_translation", "cam2ego_rotation")), *frames[0].shape[1:3])
         poses = waypoints_of(scene)
-        estimator = ego_motion or EgoMotion(scene["intrinsics"][0], rig(scene))
+        estimator = (ego_motion or EgoMotion(scene["intrinsics"][0], rig(scene))) if motion else None
         recorded.append(drift.measure(frames, extractor=extractor, strips=strips, ego_motion=estimator, poses=poses))
-        follow["recorded"].append(_follow(recorded[-1], poses) | {"video": scene["name"]})
+        if motion:
+            follow["recorded"].append(_follow(recorded[-1], poses) | {"video": scene["name"]})
     if not recorded:
         raise UserError(f"{config.data.dir} has no val scenes to compare with")
     groups, residuals = {}, {}
@@ -57,7 +59,7 @@ def drift_command(config, folders, out, *, extractor=None, ego_motion=None) -> p
         if about["frames"] < drift.RATE:
             raise UserError(f"{folder} holds {about['frames']} frames; drift needs at least a second ({drift.RATE})")
         estimator = None
-        if {"poses", "intrinsics", "extrinsics"} <= set(arrays):
+        if motion and {"poses", "intrinsics", "extrinsics"} <= set(arrays):
             estimator = ego_motion or EgoMotion(arrays["intrinsics"], arrays["extrinsics"])
         measured = drift.measure(decoder(arrays["latents"]), extractor=extractor, strips=strips, ego_motion=estimator, poses=arrays.get("poses"))
         groups.setdefault(about["strategy"], []).append(measured)
@@ -69,8 +71,9 @@ def drift_command(config, folders, out, *, extractor=None, ego_motion=None) -> p
     (out / "drift.json").write_text(json.dumps({"curves": named, "anchor_residual": residuals, "following": follow}, indent=1))
     report = Report("Drift")
     report.add_text(f"{len(folders)} generated videos beside {len(recorded)} recorded scenes (decoded from their latents).")
-    report.add_text("Trajectory read from the video against the commanded one; the recorded rows are the reader's own error.")
-    report.add_table([{"of": name} | row for name, rows in follow.items() for row in rows])
+    if motion:
+        report.add_text("Trajectory read from the video against the commanded one; the recorded rows are the reader's own error.")
+        report.add_table([{"of": name} | row for name, rows in follow.items() for row in rows])
     drift.add_to_report(report, named, residuals)
     return report.write(out / "drift.html")
 

@@ -83,7 +83,7 @@ def test_drift_tells_how_videos_follow_their_waypoints(small_config, tmp_path):
     def features(images):
         return images.reshape(len(images), -1)[:, :4].astype(float)
 
-    page = drift_command(small_config, [folder], tmp_path / "out", extractor=features, ego_motion=lambda f: true * (len(f) - 1))
+    page = drift_command(small_config, [folder], tmp_path / "out", extractor=features, motion=True, ego_motion=lambda f: true * (len(f) - 1))
     found = json.loads((tmp_path / "out" / "drift.json").read_text())
     (row,) = found["following"]["corrected"]
     assert row["video"] == "video" and row["ade_m"] == pytest.approx(0, abs=1e-9) and row["path_m"] == pytest.approx(5.5)
