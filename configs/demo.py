@@ -1,8 +1,8 @@
 """`mila demo`: a minute of six-view video by the embedded model of configs/tiny.py, on a street that it has never seen.
 
-Command: `bash scripts/demo.sh`, ten minutes on two CPU cores. The simulated scenes have another seed than those that the shipped weights
-were trained on. With `--train`, a model is trained from random weights on three of four scenes instead, in some 20 minutes: enough to
-see how it goes, not to see streets.
+Command: `bash scripts/demo.sh`; 12.5 minutes, installation included, on two CPU cores that other jobs shared (alone: not measured). The
+simulated scenes have another seed than those that the shipped weights were trained on. With `--train`, a model is trained from random weights
+on three of four scenes instead: enough to see how it goes, not to see streets (time not measured).
 """
 
 from configs import tiny

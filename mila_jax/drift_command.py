@@ -15,7 +15,7 @@ from mila_jax.evaluate.egomotion import EgoMotion, following
 from mila_jax.evaluate.efficientnet import FeatureExtractor
 from mila_jax.evaluate.report import Report
 from mila_jax.geometry import relative_waypoints
-from mila_jax.generate_command import writable_folder
+from mila_jax.generate_command import read_generated, writable_folder
 from mila_jax.prepare import open_codec
 from mila_jax.scores import FEATURE_SIZE
 from mila_jax.views import view_index
@@ -50,12 +50,7 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
         raise UserError(f"{config.data.dir} has no val scenes to compare with")
     groups, residuals = {}, {}
     for folder in map(pathlib.Path, folders):
-        try:
-            about = json.loads((folder / "generate.json").read_text())
-            with np.load(folder / "latents.npz", allow_pickle=False) as z:
-                arrays = {key: z[key] for key in z.files}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} has no finished video of mila generate ({error})") from None
+        about, arrays = read_generated(folder)
         if about["frames"] < drift.RATE:
             raise UserError(f"{folder} holds {about['frames']} frames; drift needs at least a second ({drift.RATE})")
         estimator = None

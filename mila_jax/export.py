@@ -22,7 +22,7 @@ from mila_jax import geometry
 from mila_jax.decode import open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import write_view
-from mila_jax.generate_command import writable_folder
+from mila_jax.generate_command import read_generated, writable_folder
 from mila_jax.prepare import open_codec
 from mila_jax.start import FRAME_RATE
 from mila_jax.views import VIEWS, view_index
@@ -70,12 +70,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def _read(folder: pathlib.Path) -> dict:
     """What is known of a video: folder, about (generate.json), latents [v, t, h, w, c], poses [t, 3], intrinsics [v, 4], extrinsics [v, 7]."""
-    try:
-        about = json.loads((folder / "generate.json").read_text())
-        with np.load(folder / "latents.npz", allow_pickle=False) as z:
-            arrays = {key: z[key] for key in z.files}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no finished video of mila generate ({error})") from None
+    about, arrays = read_generated(folder)
     missing = {"latents", "poses", "intrinsics", "extrinsics"} - set(arrays)
     if missing:
         raise UserError(f"{folder}/latents.npz lacks {', '.join(sorted(missing))}; generate the video again with this version")

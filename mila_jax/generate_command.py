@@ -126,6 +126,17 @@ def save_latents(path: pathlib.Path, video: Rollout, start: Start, length: int) 
     np.savez(path, views=np.array(VIEWS), poses=poses, intrinsics=start.intrinsics, extrinsics=start.extrinsics, **arrays)
 
 
+def read_generated(folder) -> tuple[dict, dict]:
+    """(generate.json, arrays of latents.npz) of a folder that `mila generate` made. Raises `UserError` where there is no finished video."""
+    folder = pathlib.Path(folder)
+    try:
+        about = json.loads((folder / "generate.json").read_text())
+        with np.load(folder / "latents.npz", allow_pickle=False) as z:
+            return about, {key: z[key] for key in z.files}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no finished video of mila generate ({error})") from None
+
+
 def writable_folder(path) -> pathlib.Path:
     """The folder `path`, made if it is missing. Raises `UserError` if nothing can be written there."""
     out = pathlib.Path(path)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the weights in mila_jax/weights again, in runs/pretrain; about three hours on two CPU cores. Goes on where it stopped.
+# Makes the weights in mila_jax/weights again, in runs/pretrain; some hours on two CPU cores. Goes on where it stopped.
 #   bash scripts/pretrain.sh [--config.train.steps=N …]    arguments go to the last stage
 set -euo pipefail
 
