@@ -6,6 +6,7 @@ the paper reports is judged by the paired bootstrap interval of the difference o
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -17,8 +18,9 @@ from data_pipeline.clips import read_scene
 from data_pipeline.records import read_index, write_atomically
 from mila_jax.decode import open_decoder
 from mila_jax.errors import UserError
+from mila_jax.evaluate import resample
 from mila_jax.evaluate.efficientnet import FeatureExtractor
-from mila_jax.evaluate.frechet import NAME, frechet_distance
+from mila_jax.evaluate.frechet import NAME
 from mila_jax.evaluate.quality import temporal_flickering
 from mila_jax.generate import Generator, check_fits, find_weights, make_plan, window_settings
 from mila_jax.generate_command import writable_folder
@@ -30,6 +32,7 @@ from mila_jax.trajectory import coasting
 from mila_jax.views import view_index
 
 FRONT = view_index("CAM_FRONT")
+PICTURES = 12  # instants of each clip that a distance is taken of; the shortest clips have no more
 GRID = {"alpha": (0.0, 0.25, 0.5, 0.75), "jdc": ((0.05, 0.3), (0.15, 0.3), (0.15, 0.4), (0.15, 0.6), (0.25, 0.4))}  # jdc: (a, σ_a)
 
 
@@ -170,13 +173,21 @@ def _kept(path: pathlib.Path, make) -> dict:
         return {key: z[key] for key in z.files}
 
 
-def score(number: str, cells: list[dict], recorded: list[dict], chosen) -> float:
-    """A number over the clips `chosen`: distance of six views (multi) or of the front view, lower is better, or a mean, negated."""
+def scores(number: str, cells: list[dict], recorded: list[dict], counts) -> np.ndarray:
+    """A number for each draw of clips, counts [draws, clips]: distance of six views (multi) or of the front view, or a mean, negated: lower is better.
+
+    Distances are of `PICTURES` evenly spread instants of each clip, whatever its length: those of unequal counts cannot be compared.
+    """
     if number not in ("multi", "front"):
-        return -float(np.mean([cells[i][number] for i in chosen]))
+        return -np.asarray(counts) @ np.array([float(c[number]) for c in cells]) / np.sum(counts, -1)
     views = slice(None) if number == "multi" else [FRONT]
-    fake, true = (np.concatenate([c[i]["features"][:, views].reshape(-1, c[i]["features"].shape[-1]) for i in chosen]) for c in (cells, recorded))
-    return frechet_distance(fake, true)
+
+    def pictures(clips):
+        found = [c["features"][np.linspace(0, len(c["features"]) - 1, PICTURES).round().astype(int)][:, views] for c in clips]
+        return np.stack(found).reshape(len(clips), -1, found[0].shape[-1])
+
+    against = resample.AgainstPaired(pictures(cells), pictures(recorded))
+    return np.array([against.distance(draw) for draw in counts])
 
 
 def find_clips(config, clips: int, frames: int, given: int) -> tuple[list, list]:
@@ -221,24 +232,25 @@ def ablate_command(config, out, *, clips: int = 8, long_seconds: float = 4.0, re
     for variant, candidates in ((TPD, [best | {"alpha": x} for x in GRID["alpha"]]), (CORRECTED, None)):
         candidates = candidates or [best | {"a": a, "sigma_a": s} for a, s in GRID["jdc"]]
         real = [bench.recorded(clip, variant.frames) for clip in tuning]
-        scores = [score("multi", made(variant, tuning, c), real, range(clips)) for c in candidates]
-        tuned += [c | {NAME: value, "strategy": variant.strategy} for c, value in zip(candidates, scores)]
-        best = candidates[int(np.argmin(scores))]
+        found = [float(scores("multi", made(variant, tuning, c), real, np.ones((1, clips), int))[0]) for c in candidates]
+        tuned += [c | {NAME: value, "strategy": variant.strategy} for c, value in zip(candidates, found)]
+        best = candidates[int(np.argmin(found))]
 
     layout, claims = tables(long), directions(long)
     variants = {v for rows in layout.values() for _, v in rows} | {v for *_, better, worse in claims for v in (better, worse)}
     cells = {v: made(v, testing, best) for v in sorted(variants, key=repr)}
     real = {f: [bench.recorded(clip, f) for clip in testing] for f in {v.frames for v in variants}}
-    rng = np.random.default_rng(config.seed)
-    draws = [rng.integers(0, clips, clips) for _ in range(resamples)]
+    # The first draw takes every clip once; all variants have the same draws, so differences are paired.
+    counts = np.concatenate([np.ones((1, clips), int), resample.draws(clips, resamples, config.seed)])
 
-    def interval(values):
-        return [float(x) for x in np.percentile(values, [2.5, 97.5])]
+    @functools.cache
+    def measured(variant, number):
+        return scores(number, cells[variant], real[variant.frames], counts)
 
     lines = [
         "# Ablations", "",
         f"{clips} clips of {len({name for name, _ in testing})} held-out scenes; α = {best['alpha']:g}, a = {best['a']:g}, σ_a = {best['sigma_a']:g} chosen on "
-        f"{len({name for name, _ in tuning})} other scenes. {NAME} (lower is better; not FID, no FVD), 95 % bootstrap intervals over clips. "
+        f"{len({name for name, _ in tuning})} other scenes. {NAME} (lower is better; not FID, no FVD) of {PICTURES} instants a clip, 95 % bootstrap intervals over clips. "
         f"The model was trained with {bench.model.config.window.conditioning} conditioning frames.",
     ]  # fmt: skip
     record = {"settings": best, "tuned": tuned, "clips": testing, "tables": {}, "directions": []}
@@ -250,19 +262,19 @@ def ablate_command(config, out, *, clips: int = 8, long_seconds: float = 4.0, re
             texts, kept = [], {}
             for n in numbers:
                 sign = 1 if n in ("front", "multi") else -1
-                value = sign * score(n, cells[v], real[v.frames], range(clips))
-                low, high = interval([sign * score(n, cells[v], real[v.frames], draw) for draw in draws])
+                value, *drawn = sign * measured(v, n)
+                low, high = resample.interval(drawn)
                 texts.append(f"{value:.4g} ({low:.4g} … {high:.4g})")
-                kept[n] = [value, low, high]
+                kept[n] = [float(value), low, high]
             lines.append("| " + " | ".join(map(str, [*lead, clips, *texts])) + " |")
             record["tables"].setdefault(title, []).append({"row": lead, "variant": dataclasses.asdict(v), **kept})
-    lines += ["", "## Which of the paper's directions hold here", "", "| claim | measured on | gain, 95 % interval | here |", "| --- | --- | --- | --- |"]
+    lines += ["", "## Which of the paper's directions hold here", "", "| claim | measured on | gain (paired 95 % interval) | here |", "| --- | --- | --- | --- |"]
     for claim, n, better, worse in claims:
-        gains = [score(n, cells[worse], real[worse.frames], draw) - score(n, cells[better], real[better.frames], draw) for draw in draws]
-        low, high = interval(gains)
+        gain, *drawn = measured(worse, n) - measured(better, n)
+        low, high = resample.interval(drawn)
         verdict = "holds" if low > 0 else "the other way round" if high < 0 else "undecided"
-        lines.append(f"| {claim} | {n} | {low:.4g} … {high:.4g} | {verdict} |")
-        record["directions"].append({"claim": claim, "number": n, "low": low, "high": high, "verdict": verdict})
+        lines.append(f"| {claim} | {n} | {gain:.4g} ({low:.4g} … {high:.4g}) | {verdict} |")
+        record["directions"].append({"claim": claim, "number": n, "gain": float(gain), "low": low, "high": high, "verdict": verdict})
     lines += ["", "Feature consistency and smoothness stand in for the paper's, which need networks that are not here: cosine of features to the frame before "
               "and to the first; 1 − mean |frame − mean of its neighbours| / 255."]  # fmt: skip
     write_atomically(out / "ablate.json", json.dumps(record, indent=1).encode())

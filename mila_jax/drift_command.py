@@ -1,5 +1,7 @@
 """The command `mila drift`: drift curves of generated videos beside recorded ones, as JSON and as a page."""
 
+import hashlib
+import itertools
 import json
 import pathlib
 
@@ -24,7 +26,7 @@ from mila_jax.views import view_index
 def drift_command(config, folders, out, *, extractor=None, motion: bool = False, ego_motion=None) -> pathlib.Path:
     """`mila drift`: folders that `mila generate` made, against the val scenes of `data.dir`; writes drift.json and drift.html to `out`.
 
-    Videos of one strategy are one curve. motion: read the car's motion, too, by `EgoMotion` of each video's rig or by `ego_motion` (see
+    Videos of one strategy are one curve; two strategies of the same drives are compared drive by drive, too. motion: read the car's motion, too, by `EgoMotion` of each video's rig or by `ego_motion` (see
     `evaluate.drift.measure`), from videos that tell their poses, whose trajectory is compared with the commanded one (`following`), and from
     recorded scenes, which tell the reader's own error; some two CPU seconds for each second of video.
     Raises `UserError` for a folder without a finished video.
@@ -57,20 +59,37 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
         if motion and {"poses", "intrinsics", "extrinsics"} <= set(arrays):
             estimator = ego_motion or EgoMotion(arrays["intrinsics"], arrays["extrinsics"])
         measured = drift.measure(decoder(arrays["latents"]), extractor=extractor, strips=strips, ego_motion=estimator, poses=arrays.get("poses"))
-        groups.setdefault(about["strategy"], []).append(measured)
+        groups.setdefault(about["strategy"], []).append((_drive(about, arrays), measured))
         if estimator is not None:
             follow.setdefault(about["strategy"], []).append(_follow(measured, arrays["poses"]) | {"video": folder.name})
         if "anchors" in arrays:
             residuals[folder.name] = drift.anchor_residual(arrays["anchors"], arrays["corrected"], about["anchor_stride"])
-    named = {name: drift.curves(videos, recorded) for name, videos in groups.items()}
-    (out / "drift.json").write_text(json.dumps({"curves": named, "anchor_residual": residuals, "following": follow}, indent=1))
+    # In one order of drives, so that draws of videos pair the strategies.
+    groups = {name: sorted(videos, key=lambda x: x[0]) for name, videos in groups.items()}
+    named = {name: drift.curves([measured for _, measured in videos], recorded) for name, videos in groups.items()}
+    differences = {
+        f"{b} − {a}": drift.difference(named[a], named[b])
+        for a, b in itertools.combinations(sorted(groups), 2)
+        if len(groups[a]) > 1 and [drive for drive, _ in groups[a]] == [drive for drive, _ in groups[b]]
+    }
+    kept = {"curves": named, "differences": differences, "anchor_residual": residuals, "following": follow}
+    (out / "drift.json").write_text(json.dumps(kept, indent=1))
     report = Report("Drift")
     report.add_text(f"{len(folders)} generated videos beside {len(recorded)} recorded scenes (decoded from their latents).")
     if motion:
         report.add_text("Trajectory read from the video against the commanded one; the recorded rows are the reader's own error.")
         report.add_table([{"of": name} | row for name, rows in follow.items() for row in rows])
+    if differences:
+        report.add_text("Means over the later half, second strategy less first, over the same drives, with paired 95 % bootstrap intervals over drives.")
+        report.add_table([{"of": pair, "number": name} | row for pair, rows in differences.items() for name, row in sorted(rows.items())])
     drift.add_to_report(report, named, residuals)
     return report.write(out / "drift.html")
+
+
+def _drive(about, arrays) -> str:
+    """What two videos of the same drive share: poses and description. Two of one drive and strategy differ by seed alone."""
+    poses = np.asarray(arrays.get("poses", ()), np.float64).round(2)
+    return hashlib.sha256(json.dumps([about.get("text"), about["frames"], poses.tolist(), about.get("seed")]).encode()).hexdigest()
 
 
 def rig(scene) -> np.ndarray:

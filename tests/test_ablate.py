@@ -19,13 +19,16 @@ def test_tables_have_the_papers_rows_and_every_claim_is_made():
 
 def test_scores_are_over_the_chosen_clips_and_lower_is_better():
     rng = np.random.default_rng(0)
-    real = [{"features": rng.standard_normal((8, 6, 4))} for _ in range(3)]
+    real = [{"features": rng.standard_normal((ablate.PICTURES, 6, 4))} for _ in range(3)]
     near = [{"features": r["features"] + 0.1, "flicker": 0.9} for r in real]
     far = [{"features": r["features"] + 1.0, "flicker": 0.8} for r in real]
     for number in ("multi", "front", "flicker"):
-        assert ablate.score(number, near, real, [0, 1, 1]) < ablate.score(number, far, real, [0, 1, 1])
-    expected = frechet_distance(*(np.concatenate([x[i]["features"][:, 1] for i in (2, 0)]) for x in (far, real)))
-    assert ablate.score("front", far, real, [2, 0]) == pytest.approx(expected)
+        assert (ablate.scores(number, near, real, [[1, 2, 0], [1, 1, 1]]) < ablate.scores(number, far, real, [[1, 2, 0], [1, 1, 1]])).all()
+    expected = frechet_distance(*(np.concatenate([x[i]["features"][:, 1] for i in (2, 0, 0)]) for x in (far, real)))
+    assert ablate.scores("front", far, real, [[2, 0, 1]])[0] == pytest.approx(expected)
+    # Longer clips count with as many instants.
+    longer = [{"features": np.repeat(x["features"], 4, 0)} for x in far]
+    assert ablate.scores("front", longer, real, [[1, 1, 1]])[0] == pytest.approx(ablate.scores("front", far, real, [[1, 1, 1]])[0])
 
 
 def test_cells_are_made_once(tmp_path):

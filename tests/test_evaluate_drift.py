@@ -30,7 +30,7 @@ def test_curves_show_the_fading_and_its_interval():
     recorded = [drift.measure(_video(4, seed=s), extractor=_features) for s in (10, 11)]
     steady, fading = ([drift.measure(_video(5, fade, s), extractor=_features) for s in range(3)] for fade in (0.0, 0.3))
     fading[0]["contrast"] = np.append(fading[0]["contrast"], 0.0)  # one video is longer: curves end with the shortest
-    steady, fading = drift.curves(steady, recorded, resamples=50), drift.curves(fading, recorded, resamples=50)
+    steady, fading = drift.curves(steady, recorded, resamples=8), drift.curves(fading, recorded, resamples=8)
     assert fading["seconds"] == 5 and fading["videos"] == 3
     contrast = np.array(fading["contrast"]["mean"])
     np.testing.assert_allclose(contrast[1:] / contrast[:-1], 0.7, atol=0.03)
@@ -39,6 +39,17 @@ def test_curves_show_the_fading_and_its_interval():
     assert all(low <= mean + 1e-9 for low, mean in zip(fading["contrast"]["low"], fading["contrast"]["mean"]))
     json.dumps(fading)
     assert drift.curves([drift.measure(_video(2))], [])["contrast"].keys() == {"mean"}
+
+
+def test_paired_differences_leave_out_what_videos_share():
+    shared = [drift.measure(_video(4, 0.1 * s, s), extractor=_features) for s in range(4)]
+    worse = [{k: v + 1 if k == "contrast" else v for k, v in x.items()} for x in shared]
+    recorded = [drift.measure(_video(4, seed=9), extractor=_features)]
+    a, b = drift.curves(shared, recorded, resamples=8), drift.curves(worse, recorded, resamples=8)
+    assert a["contrast"]["high"][3] - a["contrast"]["low"][3] > 1  # wider than the difference
+    found = drift.difference(a, b)
+    assert found["contrast"] == pytest.approx({"mean": 1, "low": 1, "high": 1}) and found[NAME] == pytest.approx({"mean": 0, "low": 0, "high": 0})
+    assert a["second_half"]["contrast"][0] == pytest.approx(np.mean(a["contrast"]["mean"][2:]))
 
 
 def test_flicker_counts_the_step_between_seconds():

@@ -5,12 +5,11 @@ neighbouring views, and, where an estimator is given, the motion read from the v
 one second are of few pictures: biased upwards, equally for all seconds, so the curve tells drift and its height means little.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from mila_jax.evaluate import frechet
+from mila_jax.evaluate import frechet, resample
 from mila_jax.evaluate.consistency import view_agreement
 from mila_jax.evaluate.quality import frame_change, frame_statistics
 
@@ -79,40 +78,51 @@ def curves(videos: list[dict], recorded: list[dict], *, resamples: int = 200, se
 
     recorded: of `measure` for recorded video; all its pictures are the reference of the Fréchet distance, its means stand beside the
     statistics. Returns plain values: for each name "mean", and "low" and "high" (95 %, bootstrap over the videos), lists over seconds
-    that all videos have; "second_half": the same of the Fréchet distance's mean over the later half; "recorded": its means; "videos": their number.
+    that all videos have; "second_half": its mean over the later half, of all videos and then of each draw; "recorded": its means; "videos": their number.
     """
     seconds = min(len(v["contrast"]) for v in videos)
-    rng = np.random.default_rng(seed)
-    draws = [rng.integers(0, len(videos), len(videos)) for _ in range(resamples if len(videos) > 1 else 0)]
-    out = {"videos": len(videos), "seconds": seconds, "recorded": {}}
+    # The first draw takes every video once.
+    counts = np.ones((1, len(videos)), int)
+    if len(videos) > 1:
+        counts = np.concatenate([counts, resample.draws(len(videos), resamples, seed)])
+    out = {"videos": len(videos), "seconds": seconds, "recorded": {}, "second_half": {}}
+
+    def keep(name, values):  # [draws, seconds]
+        out[name] = _interval(values)
+        out["second_half"][name] = [float(x) for x in values[:, seconds // 2 :].mean(1)]
+
     for name in (*STATISTICS, "view_agreement", *MOTION):
         if all(name in v for v in videos):
-            table = np.stack([v[name][:seconds] for v in videos])
-            out[name] = _interval(table.mean(0), [table[draw].mean(0) for draw in draws])
+            keep(name, counts @ np.stack([v[name][:seconds] for v in videos]) / len(videos))
         if recorded and all(name in v for v in recorded):
             out["recorded"][name] = float(np.mean([v[name].mean() for v in recorded]))
     if recorded and all("features" in v for v in [*videos, *recorded]):
-        reference = frechet.Reference(np.concatenate([v["features"].reshape(-1, v["features"].shape[-1]) for v in recorded]))
-        per_video = np.stack([v["features"][:seconds] for v in videos])  # [videos, seconds, n, d]
-
-        @functools.lru_cache(None)  # few videos have few different draws, and a distance takes a tenth of a second
-        def of_videos(chosen: tuple):
-            return np.array([reference.distance(per_video[list(chosen), s].reshape(-1, per_video.shape[-1])) for s in range(seconds)])
-
-        every = of_videos(tuple(range(len(videos))))
-        drawn = [of_videos(tuple(sorted(map(int, draw)))) for draw in draws]
-        out[frechet.NAME] = _interval(every, drawn)
-        out["second_half"] = _interval(every[seconds // 2 :].mean(keepdims=True), [d[seconds // 2 :].mean(keepdims=True) for d in drawn])
+        pictures = np.concatenate([v["features"].reshape(-1, v["features"].shape[-1]) for v in recorded])
+        mean, covariance = frechet.statistics(pictures)
+        against = (resample.AgainstFixed(np.stack([v["features"][s] for v in videos]), mean, covariance) for s in range(seconds))
+        keep(frechet.NAME, np.stack([[one.distance(draw) for draw in counts] for one in against], 1))
         # Recorded seconds taken one video's share of pictures at a time: what no drift would show.
+        reference = frechet.Reference(pictures)
         parts = [reference.distance(f) for v in recorded for f in v["features"]]
         out["recorded"][frechet.NAME] = float(np.mean(parts))
     return out
 
 
-def _interval(mean, draws) -> dict:
-    found = {"mean": [float(x) for x in mean]}
-    if draws:
-        low, high = np.percentile(np.stack(draws), [2.5, 97.5], axis=0)
+def difference(a: dict, b: dict) -> dict:
+    """How much more b has than a over the later half, for two `curves` whose videos pair in order: name → mean, low, high (paired bootstrap)."""
+    found = {}
+    for name in a["second_half"].keys() & b["second_half"].keys():
+        mean, *drawn = np.array(b["second_half"][name]) - a["second_half"][name]
+        low, high = resample.interval(drawn)
+        found[name] = {"mean": float(mean), "low": low, "high": high}
+    return found
+
+
+def _interval(values) -> dict:
+    """The first draw of values [draws, seconds], which is of all videos, and the interval of the others if there are any."""
+    found = {"mean": [float(x) for x in values[0]]}
+    if len(values) > 1:
+        low, high = np.percentile(values[1:], [2.5, 97.5], axis=0)
         found |= {"low": [float(x) for x in low], "high": [float(x) for x in high]}
     return found
 
