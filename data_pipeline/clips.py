@@ -8,6 +8,7 @@ half a frame away (a camera missed a frame there, or the scene is over) is no st
 import collections
 import dataclasses
 import fractions
+import math
 import threading
 from collections.abc import Sequence
 
@@ -124,6 +125,7 @@ class ClipSource:
         self.text, self.text_mask = records.read_text(dataset_dir, len(self.index.scenes))
         self.rows = np.asarray(self.reader.numbers)
         self.latent_shape = tuple(self.index.latent_shape)
+        self.clip_bytes = 6 * self.specs[0].frames * math.prod(self.latent_shape) * np.dtype(np.float16).itemsize
         times = [np.asarray(s.timestamps_us) * 1e-6 for s in self.reader.scenes]
         self.clips = [self.find_clips(times, spec, tolerance) for spec in self.specs]
         for spec, weight, (scenes, _) in zip(self.specs, self.weights, self.clips):

@@ -52,7 +52,8 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     write_videos(out, making.frames(progress), _display_scale(model.data["image_size"]), options.per_view)
     save_latents(out / "latents.npz", collect(job.plan, np.stack(making.windows)), start, length)
     summary = {
-        "seconds": options.seconds, "text": start.description, "waypoints": options.waypoints or "scene", "seed": options.seed, **making.summary(),
+        "seconds": options.seconds, "text": start.description, "waypoints": options.waypoints or "scene", "seed": options.seed,
+        "scene": start.scene, "time_us": start.time_us, **making.summary(),
     }  # fmt: skip
     (out / "generate.json").write_text(json.dumps(summary, indent=1))
     kept.remove()

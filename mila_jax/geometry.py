@@ -44,6 +44,19 @@ def yaw_quaternion(yaw):
     return np.stack([np.cos(half), np.zeros_like(half), np.zeros_like(half), np.sin(half)], -1)
 
 
+def interpolate_rotation(first, second, share):
+    """Quaternions [..., 4] at `share` [...] (0 … 1) of the way from `first` to `second`: the shorter way, at one speed (slerp)."""
+    a, b = (np.asarray(q, np.float64) / np.linalg.norm(q, axis=-1, keepdims=True) for q in (first, second))
+    b = np.where((a * b).sum(-1, keepdims=True) < 0, -b, b)
+    share = np.asarray(share, np.float64)[..., None]
+    angle = np.arccos(np.clip((a * b).sum(-1, keepdims=True), -1.0, 1.0))
+    sine = np.sin(angle)
+    small = sine < 1e-9  # the two are one: any weights do
+    sine = np.where(small, 1.0, sine)
+    out = np.where(small, 1 - share, np.sin((1 - share) * angle) / sine) * a + np.where(small, share, np.sin(share * angle) / sine) * b
+    return out / np.linalg.norm(out, axis=-1, keepdims=True)
+
+
 def yaw_of(rotation):
     """Heading in radians of rotation matrices [..., 3, 3]: the direction of their x axis in the ground plane."""
     rotation = np.asarray(rotation)

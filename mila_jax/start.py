@@ -29,6 +29,8 @@ class Start:
     text_mask: np.ndarray
     description: str
     waypoints_known: bool = True
+    scene: str | None = None  # name of the recorded scene that it starts in
+    time_us: int | None = None  # of CAM_FRONT's last given frame in it, microseconds
 
     def digest(self) -> str:
         """Hash over everything in it, to tell whether two videos start from the same."""
@@ -56,6 +58,7 @@ def from_scene(scene: dict, start_seconds: float, given: int) -> tuple["Start", 
         intrinsics=np.asarray(scene["intrinsics"][last], np.float32),
         extrinsics=np.concatenate([scene["cam2ego_translation"][last], scene["cam2ego_rotation"][last]], -1).astype(np.float32),
         trajectory=trajectory, text=scene["text"], text_mask=scene["text_mask"], description=scene["description"],
+        scene=scene.get("name"), time_us=int(scene["timestamps"][last, front]) if "timestamps" in scene else None,
     )  # fmt: skip
     return start, np.arange(last + 1, len(times))
 

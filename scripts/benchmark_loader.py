@@ -1,14 +1,19 @@
 """Loader speed beside what the same bytes allow: `python scripts/benchmark_loader.py [--data=LATENTS]`.
 
-Without --data, records of full size are made up in a temporary folder (six views of 256×448 pixels, 28 frames a clip). In turn, on the clips
-of one training config, all with the same number of threads:
+Without --data, records of full size are made up in a temporary folder (six views of 256×448 pixels, 28 frames a clip). All read the same files, from
+the system's cache once it has them, with as many threads as our loader takes for such clips and with malloc as the commands set it up on CPUs.
+But for the shards, all read the same clips in the same random order, in turn:
 
-  array_record alone        the records of each clip in one call, as Grain's own data source asks for them; not decoded
-  array_record, as asked    the same records, not decoded, in the calls that our loader makes
-  our loader                our Grain loader, its memory of records off and on
-  np.load, PyTorch-style    one .npz per clip; loaded, or loaded and collated
+  array_record, clip by clip      the records of each clip in one call, as Grain asks ArrayRecord's data source for a batch; not decoded. ArrayRecord
+                                  reads such records by its own 64 threads, whatever the number of callers
+  array_record, record by record  one call for each record, as that data source is indexed; not decoded
+  array_record, as asked          the same records, not decoded, in the calls that our loader makes
+  array_record, whole shards      every shard from its begin to its end (`read_all`), which no shuffled loader can do
+  array_record through Grain      as asked, handed over by Grain as our loader's batches are: what is left to our own code
+  our loader                      our Grain loader, its memory of records off and on
+  np.load, PyTorch-style          one .npz per clip; loaded, or loaded and collated
 
-Prints the medians over the rounds of clips/s, MB/s of latents and CPU time per clip, each also as a share of the first row (a loaded machine
+Prints the medians over the rounds of clips/s, MB/s of latents and CPU time per clip, each also as a share of the first two rows (a loaded machine
 gives wall-clock time to whoever has more threads; CPU time tells what a clip costs). Last, what one host of a v5p slice needs by the
 modelled step times in docs/plan.
 """
@@ -33,9 +38,9 @@ sys.path.insert(0, str(ROOT))
 from data_pipeline import records  # noqa: E402
 from data_pipeline.clips import ClipSource, ClipSpec  # noqa: E402
 from data_pipeline.example import serialise_example  # noqa: E402
-from data_pipeline.loader import Order, make_loader  # noqa: E402
+from data_pipeline.loader import AHEAD, SMALL_CLIP, THREADS, Order, make_loader  # noqa: E402
+from mila_jax.runtime import keep_freed_memory  # noqa: E402
 
-THREADS, AHEAD = 2, 4  # as make_loader has them
 CHANNELS, HOST_CHIPS = 8, 4
 
 
@@ -61,9 +66,14 @@ def make_up(folder, latent_shape, scenes=4, instants=60) -> None:
     np.savez(f"{folder}/text.npz", tokens=np.zeros((scenes, 32, 384), np.float32), mask=np.ones((scenes, 32), bool))
 
 
-def threaded(work):
-    """Results of work(0), work(1), … in order, as Grain has them: by THREADS threads, AHEAD results in advance."""
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+def threads_for(source: ClipSource) -> int:
+    """As many as make_loader takes."""
+    return THREADS if source.clip_bytes >= SMALL_CLIP else 1
+
+
+def threaded(work, threads: int):
+    """Results of work(0), work(1), … in order, as Grain has them: by so many threads, AHEAD results in advance."""
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         coming = collections.deque(pool.submit(work, step) for step in range(AHEAD))
         try:
             for step in range(AHEAD, sys.maxsize):
@@ -73,6 +83,20 @@ def threaded(work):
         finally:
             for future in coming:
                 future.cancel()
+
+
+class Undecoded:
+    """A source of clips that reads their records as a `ClipSource` does and leaves it at that."""
+
+    def __init__(self, source: ClipSource, numbers):
+        self.source, self.numbers, self.clip_bytes = source, numbers, source.clip_bytes
+
+    def __len__(self):
+        return len(self.source)
+
+    def batch(self, items):
+        """Records of clips `items`."""
+        return {"records": [self.source.reader.read(self.numbers[item].tolist()) for item in items]}
 
 
 def jobs_of(data, spec: ClipSpec, batch: int, folder):
@@ -89,10 +113,28 @@ def jobs_of(data, spec: ClipSpec, batch: int, folder):
             readers[scenes[clip]].read((numbers[clip] - first[scenes[clip]]).tolist())
         return batch
 
+    def by_record(step):
+        for clip in order(step * batch + rows):
+            read = readers[scenes[clip]].read
+            for number in (numbers[clip] - first[scenes[clip]]).tolist():
+                read([number])
+        return batch
+
+    of_clip = len(numbers[0])
+    whole = [ArrayRecordReader(f"{data}/{s.shard}") for s in uncached.reader.scenes]
+
+    def shards(step):
+        return len(whole[step % len(whole)].read_all()) / of_clip
+
     def as_asked(step):
         for clip in order(step * batch + rows):
             uncached.reader.read(numbers[clip].tolist())
         return batch
+
+    def through_grain():
+        with contextlib.closing(iter(make_loader(Undecoded(uncached, numbers), batch_size=batch, seed=0))) as batches:
+            for _ in batches:
+                yield batch
 
     def ours(source):
         with contextlib.closing(iter(make_loader(source, batch_size=batch, seed=0))) as batches:
@@ -112,13 +154,19 @@ def jobs_of(data, spec: ClipSpec, batch: int, folder):
         {k: np.stack([clip[k] for clip in found]) for k in found[0]}
         return batch
 
+    def by(work):
+        return lambda: threaded(work, threads_for(uncached))
+
     jobs = {
-        "array_record alone": lambda: threaded(alone),
-        "array_record, as asked": lambda: threaded(as_asked),
+        "array_record, clip by clip": by(alone),
+        "array_record, record by record": by(by_record),
+        "array_record, as asked": by(as_asked),
+        "array_record, whole shards": by(shards),
+        "array_record through Grain": through_grain,
         "our loader, no memory of records": lambda: ours(uncached),
         "our loader": lambda: ours(cached),
-        "np.load": lambda: threaded(lambda step: [load(step * batch + i) for i in range(batch)] and batch),
-        "PyTorch-style, np.load and collate": lambda: threaded(collate),
+        "np.load": by(lambda step: [load(step * batch + i) for i in range(batch)] and batch),
+        "PyTorch-style, np.load and collate": by(collate),
     }
     return jobs, uncached[0]["latents"].nbytes / 1e6
 
@@ -161,6 +209,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or f"{folder}/data"
         if not options.data:
@@ -168,11 +217,13 @@ def main():
             make_up(data, (32, 56, CHANNELS))
         spec = ClipSpec(options.frames or (8 if options.data else 28), 2, 12.0)
         jobs, megabytes = jobs_of(data, spec, options.batch, folder)
+        threads = threads_for(ClipSource(data, "train", [spec], cache_bytes=0))
         found = measure(jobs, options.rounds, options.seconds)
-    base, base_cpu = found["array_record alone"]
-    print(f"{megabytes:.3f} MB of latents a clip, batches of {options.batch}, {THREADS} threads; shares are of array_record alone")
+    by_clip, by_record = found["array_record, clip by clip"], found["array_record, record by record"]
+    print(f"{megabytes:.3f} MB of latents a clip, batches of {options.batch}, {threads} thread(s); shares are of array_record's first row and of its second")
     for name, (rate, cpu) in found.items():
-        print(f"{name:36}{rate:8.0f} clips/s {rate * megabytes:6.0f} MB/s  {rate / base:.2f}   {cpu * 1e6:7.0f} us CPU a clip, speed by CPU {base_cpu / cpu:.2f}")
+        shares = f"{rate / by_clip[0]:6.2f} {rate / by_record[0]:5.2f}"
+        print(f"{name:36}{rate:8.0f} clips/s {rate * megabytes:6.0f} MB/s {shares}   {cpu * 1e6:7.0f} us CPU a clip, {by_clip[1] / cpu:.2f} {by_record[1] / cpu:.2f}")
     plan, rate, full = needs()
     reached = found["our loader, no memory of records"][0] * megabytes
     print(

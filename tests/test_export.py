@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from data_pipeline.nuscenes.reader import instants, load_image, open_nuscenes
-from mila_jax import export
+from data_pipeline.clips import read_scene
+from data_pipeline.nuscenes.annotations import read_box_tracks
+from mila_jax import export, geometry
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
+from mila_jax.start import from_scene
 from mila_jax.views import VIEWS
 
 
@@ -46,9 +49,99 @@ def test_nuscenes_is_read_back(small_config, tmp_path):
     decoded = list(open_decoder(open_codec(small_config), small_config)(arrays["latents"][:, 7:8]))[0]
     for v in range(len(VIEWS)):
         image = load_image(nusc.root / moments[7].files[v], 36, 64)
-        assert np.abs(image.astype(int) - export._resized(decoded[v], (36, 64))).mean() < 8
+        assert np.abs(image.astype(int) - export.resized(decoded[v], (36, 64))).mean() < 8
     with pytest.raises(UserError, match="holds an exported data set already"):
         export.export_command(small_config, [folder], out, format_="nuscenes")
+
+
+def _following(folder, config, begin=1.0, frames=50, swerve=0.0):
+    """A folder of a video that follows a recorded scene, but for `swerve` metres to the side at its end; and that scene."""
+    scene = read_scene(config.data.dir, "scene-0002")
+    start, _ = from_scene(scene, begin, 2)
+    poses = start.trajectory.at(np.arange(1, frames + 1) / 12)
+    poses[:, 1] += np.linspace(0, swerve, frames)
+    _video(folder, config, frames, poses=poses, intrinsics=start.intrinsics, extrinsics=start.extrinsics.copy())
+    about = {"frames": frames, "text": "", "scene": start.scene, "time_us": start.time_us}
+    (folder / "generate.json").write_text(json.dumps(about))
+    return folder
+
+
+def _rows(folder, version):
+    return {path.stem: json.loads(path.read_text()) for path in (folder / version).glob("*.json")}
+
+
+def test_boxes_are_where_the_recorded_objects_are_then(small_config, tmp_path, capsys):
+    """The stub's cars stand 8 and 16 m ahead of the ego and keep that distance: at any time, so at that of the generated keyframes too."""
+    folder = _following(tmp_path / "a", small_config)
+    out = export.export_command(small_config, [folder], tmp_path / "out", format_="nuscenes")
+    assert "boxes of scene-0002" in capsys.readouterr().err
+    told, made, source = json.loads((out / "export.json").read_text()), _rows(out, export.VERSION), _rows(_root(small_config), small_config.data.version)
+    assert told[0]["follows"] == made["scene"][0]["name"] == "scene-0002" and told[0]["boxes"] == len(made["sample_annotation"]) == 2 * len(made["sample"])
+    assert made["log"][0]["location"] == "boston-seaport" and made["scene"][0]["description"] == "Straight road 2"
+    poses, data = {r["token"]: r for r in made["ego_pose"]}, made["sample_data"]
+    sensors = {c["token"]: s["channel"] for c in made["calibrated_sensor"] for s in made["sensor"] if s["token"] == c["sensor_token"]}
+    lidar = {r["sample_token"]: poses[r["ego_pose_token"]] for r in data if sensors[r["calibrated_sensor_token"]] == "LIDAR_TOP"}
+    samples = {r["token"]: r["timestamp"] for r in made["sample"]}
+    names = {r["token"]: r["name"] for r in made["category"] + made["attribute"]}
+    instances = {r["token"]: r for r in made["instance"]}
+    ahead = []
+    for row in made["sample_annotation"]:
+        ego = lidar[row["sample_token"]]
+        assert ego["timestamp"] == samples[row["sample_token"]]
+        local = geometry.inverse(geometry.transform(ego["translation"], ego["rotation"])) @ [*row["translation"], 1]
+        ahead.append(round(local[0], 2))
+        assert abs(local[1]) < 1e-6 and names[instances[row["instance_token"]]["category_token"]] == "vehicle.car"
+        assert [names[a] for a in row["attribute_tokens"]] == ["vehicle.moving"] and row["num_lidar_pts"] >= 1
+    assert set(ahead) == {8.0, 16.0}
+    # Keyframes lie where the recorded ones do, but for half a frame, and no two times are those of the source.
+    recorded = np.array([r["timestamp"] for r in source["sample"]])
+    gaps = np.abs(np.array(sorted(samples.values()))[:, None] - recorded).min(1)
+    assert gaps.max() <= 1e6 / 24 + 1 and gaps.max() > 0
+    nusc = open_nuscenes(out, export.VERSION)
+    for name in VIEWS:
+        theirs = next(s for s in open_nuscenes(small_config.data.nuscenes, small_config.data.version).scenes if s.name == "scene-0002").tracks[name]
+        track = nusc.scenes[0].tracks[name]
+        np.testing.assert_allclose(track.ego_translation[:, 0], np.interp(track.timestamps_us, theirs.timestamps_us, theirs.ego_translation[:, 0]), atol=0.02)
+    for row in made["instance"]:
+        chain, token = [], row["first_annotation_token"]
+        rows = {r["token"]: r for r in made["sample_annotation"]}
+        while token:
+            chain.append(token)
+            token = rows[token]["next"]
+        assert len(chain) == row["nbr_annotations"] and chain[-1] == row["last_annotation_token"]
+
+
+def _root(config):
+    return open_nuscenes(config.data.nuscenes, config.data.version).root
+
+
+def test_videos_on_other_ways_have_no_boxes(small_config, tmp_path, capsys):
+    """A path changed by hand, a scene twice, a video that says nothing of its scene, another data set."""
+    folders = [_following(tmp_path / "a", small_config), _following(tmp_path / "b", small_config, swerve=1.5), _following(tmp_path / "c", small_config)]
+    folders.append(_video(tmp_path / "d", small_config)[0])
+    out = export.export_command(small_config, folders, tmp_path / "out", format_="nuscenes")
+    told = json.loads((out / "export.json").read_text())
+    assert [row["scene"] for row in told] == ["scene-0002", "scene-0002a", "scene-0003", "scene-0004"]
+    assert [row["boxes"] > 0 for row in told] == [True, False, True, False]
+    assert "1.5 m and 0.00 rad apart" in told[1]["why_no_boxes"] and "names no recorded scene" in told[3]["why_no_boxes"]
+    assert capsys.readouterr().err.count("no boxes") == 2
+    about = json.loads((folders[0] / "generate.json").read_text())
+    for change, message in ({"scene": "scene-0009"}, "has no scene 'scene-0009'"), ({"time_us": 5}, "has no frame at 5"), ({"latents": 10}, "temporal latents"):
+        (folders[0] / "generate.json").write_text(json.dumps(about | change))
+        with pytest.raises(UserError, match=message):
+            export.export_command(small_config, folders[:1], tmp_path / "more", format_="nuscenes")
+    assert not (tmp_path / "more").exists()
+
+
+def test_annotation_tables_that_do_not_belong_together(small_config, tmp_path):
+    folder = tmp_path / "v"
+    folder.mkdir()
+    source = _rows(_root(small_config), small_config.data.version)
+    for lost in ("instance", "category", "attribute"):
+        for name in ("sample_annotation", "instance", "category", "attribute"):
+            (folder / f"{name}.json").write_text(json.dumps([] if name == lost else source[name]))
+        with pytest.raises(UserError, match=f"not in table '{lost}'"):
+            read_box_tracks(folder, [r["token"] for r in source["sample"]], [r["timestamp"] for r in source["sample"]])
 
 
 def test_devkit_reads_it_too(small_config, tmp_path):

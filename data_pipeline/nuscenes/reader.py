@@ -144,13 +144,18 @@ def open_nuscenes(root, version: str) -> NuScenes:
     return NuScenes(root, version, scenes)
 
 
-def fetch_tables(root: str, version: str) -> Path:
+def version_folder(root, version: str, tables=()) -> Path:
+    """The folder of a version's tables on this machine; from a bucket `tables` are copied into the cache."""
+    return fetch_tables(root, version, tables) if is_remote(root) else Path(root) / version
+
+
+def fetch_tables(root: str, version: str, tables=tuple(ROW_TYPES)) -> Path:
     """Copies a version's tables (and its splits.json) from a bucket into the cache, where they are up to date afterwards; that folder."""
     remote = Folder(join(root, version))
     home = cache_folder() / "nuscenes" / hashlib.sha256(str(root).encode()).hexdigest()[:32] / version
     local = Folder(home)
     local.make()
-    for name in [f"{table}.json" for table in ROW_TYPES] + ["splits.json"]:
+    for name in [f"{table}.json" for table in tables] + ["splits.json"]:
         try:
             state = remote.state(name).encode()
         except FileNotFoundError:
