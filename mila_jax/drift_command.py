@@ -17,7 +17,7 @@ from mila_jax.evaluate.egomotion import EgoMotion, following
 from mila_jax.evaluate.efficientnet import FeatureExtractor
 from mila_jax.evaluate.report import Report
 from mila_jax.geometry import relative_waypoints
-from mila_jax.generate_command import read_generated, writable_folder
+from mila_jax.generate_command import check_single_pictures, read_generated, writable_folder
 from mila_jax.prepare import open_codec
 from mila_jax.scores import FEATURE_SIZE
 from mila_jax.views import view_index
@@ -53,6 +53,7 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
     groups, residuals = {}, {}
     for folder in map(pathlib.Path, folders):
         about, arrays = read_generated(folder)
+        check_single_pictures(folder, about, "drift")
         if about["frames"] < drift.RATE:
             raise UserError(f"{folder} holds {about['frames']} frames; drift needs at least a second ({drift.RATE})")
         estimator = None

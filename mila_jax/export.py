@@ -20,7 +20,7 @@ from mila_jax.errors import UserError
 from mila_jax.evaluate.video import write_view
 from mila_jax.export_nuscenes import resized, write_scene
 from mila_jax.export_source import NotFollowed, Source, find_source
-from mila_jax.generate_command import read_generated, writable_folder
+from mila_jax.generate_command import check_single_pictures, read_generated, writable_folder
 from mila_jax.prepare import open_codec
 from mila_jax.start import FRAME_RATE
 from mila_jax.views import view_index
@@ -87,8 +87,7 @@ def _read(folder: pathlib.Path) -> dict:
     missing = {"latents", "poses", "intrinsics", "extrinsics"} - set(arrays)
     if missing:
         raise UserError(f"{folder}/latents.npz lacks {', '.join(sorted(missing))}; generate the video again with this version")
-    if about.get("latents", about["frames"]) != about["frames"]:
-        raise UserError(f"{folder} holds temporal latents (autoencoder.temporal); mila export is for those of single pictures")
+    check_single_pictures(folder, about, "export")
     return {"folder": folder, "about": about, **arrays}
 
 

@@ -211,10 +211,15 @@ def check_fits(model: WorldModel, codec, data_dir=None, video=None) -> None:
     """Raises `UserError` if the autoencoder (`video`: the temporal one, or None), or the encoded data set in `data_dir`, is not of the kind that
     the model was trained on."""
     trained, kind = model.data.get("temporal", "none"), "none" if video is None else video.kind
+    if video is None and trained != "none":
+        raise UserError(
+            f"the model was trained on temporal latents, autoencoder.temporal={trained}: mila prepare, train, generate and plan know them (set it, and "
+            "autoencoder.temporal_path), other commands do not"
+        )
     if trained != kind or video is not None and model.data["temporal_sha256"] != video.sha256:
         raise UserError(
             f"the model was trained on latents of autoencoder.temporal={trained}, not of these weights with {kind}; set autoencoder.temporal and "
-            "autoencoder.temporal_path to it (`mila generate` and `mila train` know temporal latents, other commands do not)"
+            "autoencoder.temporal_path to it"
         )
     if model.data.get("autoencoder_sha256") != codec.sha256:
         raise UserError("the model was trained on latents of another autoencoder; set autoencoder.path to that one's file")

@@ -53,7 +53,7 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     save_latents(out / "latents.npz", collect(job.plan, np.stack(making.windows)), start, length)
     summary = {
         "seconds": options.seconds, "text": start.description, "waypoints": options.waypoints or "scene", "seed": options.seed,
-        "scene": start.scene, "time_us": start.time_us, **making.summary(),
+        "scene": start.scene, "time_us": start.time_us, "temporal": model.data.get("temporal", "none"), **making.summary(),
     }  # fmt: skip
     (out / "generate.json").write_text(json.dumps(summary, indent=1))
     kept.remove()
@@ -136,6 +136,12 @@ def read_generated(folder) -> tuple[dict, dict]:
             return about, {key: z[key] for key in z.files}
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no finished video of mila generate ({error})") from None
+
+
+def check_single_pictures(folder, about: dict, command: str) -> None:
+    """Raises `UserError` for a video whose latents (`about`: its generate.json) are temporal, which `command` does not know."""
+    if about.get("temporal", "none") != "none" or about.get("latents", about["frames"]) != about["frames"]:
+        raise UserError(f"{folder} holds temporal latents (autoencoder.temporal); mila {command} is for those of single pictures")
 
 
 def writable_folder(path) -> pathlib.Path:

@@ -18,6 +18,9 @@ from mila_jax.evaluate.video import read_video
 from mila_jax.flow.plan import plan_rollout
 from mila_jax.flow.rollout import KINDS, make_rows, new_frames
 from mila_jax.model.temporal_autoencoder import latent_count
+from mila_jax.config import load_config
+from mila_jax.generate_command import check_single_pictures
+from mila_jax.parallel.aot.sizes import plan_sizes
 from mila_jax.prepare import describe_data, open_codec, open_video_codec, prepare
 from mila_jax.start import from_scene
 from mila_jax.train.loop import train
@@ -229,6 +232,35 @@ def test_other_commands_say_that_they_cannot(trained, tmp_path, capsys):
     scene = read_index(trained.data.dir).scenes[0].name
     assert run(plain, "generate", f"--data={trained.data.dir}", f"--scene={scene}", "--seconds=2", f"--out={tmp_path}") == 2
     assert "autoencoder.temporal=chunk17" in capsys.readouterr().err
+    for command in (
+        ("evaluate", f"--config.data.dir={trained.data.dir}"), ("evaluate", "--preset=mila-600", f"--out={tmp_path}/e", f"--config.data.dir={trained.data.dir}"),
+        ("ablate", f"--config.data.dir={trained.data.dir}", f"--out={tmp_path}/a"), ("drift", "none", f"--config.data.dir={trained.data.dir}", f"--out={tmp_path}/d"),
+    ):  # fmt: skip
+        assert run(trained, *command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "temporal" in error or "clips of mila-600" in error, error
+
+
+def test_videos_of_temporal_latents_are_told(tmp_path):
+    for about in ({"frames": 10, "latents": 5}, {"frames": 10, "latents": 10, "temporal": "frame"}):
+        with pytest.raises(UserError, match="holds temporal latents .* mila drift"):
+            check_single_pictures(tmp_path, about, "drift")
+    check_single_pictures(tmp_path, {"frames": 10}, "drift")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [({}, None), ({"window.frames": 8}, "multiples of 5"), ({"train.fps": (12.0, 2.0)}, "train.fps=2 is no rate"), ({"autoencoder.temporal": "x"}, "'x' is unknown")],
+)
+def test_plans_of_temporal_latents(changes, words):
+    config = load_config("configs/tiny.py")
+    config.autoencoder.temporal, config.window.frames, config.window.conditioning, config.train.fps = "chunk17", 10, 5, (12.0, 0.706)
+    config.update_from_flattened_dict(changes)
+    if words is None:
+        assert plan_sizes(config, 4, "train").frames == 10
+    else:
+        with pytest.raises(UserError, match=words):
+            plan_sizes(config, 4, "train")
 
 
 def test_one_latent_a_frame(small_config, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mila_jax.chunks import CHUNKS, check_window
 from mila_jax.errors import UserError
 from mila_jax.flow.guidance import guidance_weights
 from mila_jax.model.dit import DiTConfig
@@ -52,6 +53,17 @@ def data_description(config) -> dict:
     }
 
 
+def check_temporal(config) -> None:
+    """Raises `UserError` where windows and rates cannot be made of the latents of `autoencoder.temporal`; window.frames then counts latents."""
+    kind = config.autoencoder.get("temporal", "none")
+    if kind not in CHUNKS:
+        raise UserError(f"autoencoder.temporal={kind!r} is unknown; use {', '.join(CHUNKS)}")
+    if (chunks := CHUNKS[kind]) is not None:
+        check_window(chunks, config.window.frames, config.window.conditioning)
+        for fps in config.train.fps:
+            chunks.stride(fps)
+
+
 class _Mesh:
     """What `check_divides` wants to know of a mesh."""
 
@@ -64,6 +76,7 @@ def plan_sizes(config, devices: int, step: str) -> Sizes:
     if step not in STEPS:
         raise UserError(f"--step={step} is unknown; use {' or '.join(STEPS)}")
     data = data_description(config)
+    check_temporal(config)
     dit = model_config(config, data)
     mesh = axis_sizes(config.mesh, devices)
     passes = 1
