@@ -78,11 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--network", action="append", metavar="N", help="with --preset, again for more: effnet, i3d (FVD), i3d=FILE, inception=FILE (FID)"
     )
-    evaluate.add_argument("--windows", metavar="W", help="with --preset: score these seconds after the last given frame by themselves, too: 0-4,4-8,8-12")
+    evaluate.add_argument("--windows", metavar="W", help="with --preset: score these seconds by themselves, too: 0-4,4-8,8-12")
     evaluate.add_argument(
         "--motion", nargs="?", const="all", metavar="CAMERAS", help="with --preset: read the car's motion from the videos (front or all cameras; slow)"
     )
-    evaluate.add_argument("--lpips", action="store_true", help="LPIPS of generated against recorded frames (with --preset), and of the autoencoder (without)")
+    evaluate.add_argument("--lpips", action="store_true", help="LPIPS of generated against recorded frames; without --preset, of the autoencoder")
     evaluate.add_argument("--dino", metavar="FILE", help="with --preset: DINO ViT-B/16's weights, for VBench's subject consistency")
     evaluate.add_argument("--clip", metavar="FILE", help="with --preset: CLIP ViT-B/32's weights, for VBench's background consistency")
     export = command("export", "generated videos as a nuScenes data set, or as the folder that ACT-Bench scores")

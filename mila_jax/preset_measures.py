@@ -6,6 +6,7 @@ generated video's value beside the recorded video's, or beside that of a video t
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -76,9 +77,8 @@ def open_measures(preset, *, motion: str | None = None, lpips: bool = False, din
             left_out[score] = f"needs the weights of {spec.name} (--{option}=FILE)"
             continue
         network = open_vit(path, spec)
-        measures.append(
-            per_view(score, lambda frames, network=network: consistency(network(frames)), preset.fvd_from, six, network.name, network.sha256, network.preprocessing)
-        )
+        function = functools.partial(lambda network, frames: consistency(network(frames)), network)
+        measures.append(per_view(score, function, preset.fvd_from, six, network.name, network.sha256, network.preprocessing))
     left_out["motion smoothness"] = "its network, AMT-S, is not part of this package"
     if six:
         measures.append(agreement(preset.conditioning))
@@ -106,7 +106,9 @@ def _stack(found: Sequence[dict], key: str) -> np.ndarray:
     return np.stack([arrays[key] for arrays in found])
 
 
-def per_view(score: str, function: Callable, first: int, six: bool, network="no network", sha256="", preprocessing="pictures at their own size") -> Measure:
+def per_view(
+    score: str, function: Callable, first: int, six: bool, network="no network", sha256="", preprocessing="pictures at their own size",
+) -> Measure:  # fmt: skip
     """One of VBench's dimensions: `function(frames uint8 [t, H, W, 3])` of each view is one video's score; the mean over videos is told.
 
     A still picture has 1 in all of these, so the recorded value is what to come near to.
@@ -137,8 +139,8 @@ def agreement(first: int) -> Measure:
         mean = {key: float(_stack(found, key).mean()) for key in ("fake", "real", "fake wrong", "real wrong")}
         return [
             {
-                "score": "view agreement (correlation)", "generated": mean["fake"], "recorded": mean["real"], "wrong pairing, generated": mean["fake wrong"],
-                "wrong pairing, recorded": mean["real wrong"], "better": RECORDED,
+                "score": "view agreement (correlation)", "generated": mean["fake"], "recorded": mean["real"],
+                "wrong pairing, generated": mean["fake wrong"], "wrong pairing, recorded": mean["real wrong"], "better": RECORDED,
             }
         ]  # fmt: skip
 

@@ -30,15 +30,17 @@ def write_report(out: pathlib.Path, record: dict, shown: int) -> pathlib.Path:
     curves = collections.defaultdict(list)
     for row in record["scores"]:
         if row["card"]["window"]:
-            curves[f"{row['card']['score']} {row['card']['views']}"].append((sum(map(float, row["card"]["window"].split("-"))) / 2, row["distance"]))
+            middle = sum(map(float, row["card"]["window"].split("-"))) / 2
+            curves[f"{row['card']['score']} {row['card']['views']}"].append((middle, row["distance"]))
     for name, points in curves.items():
         if len(points) > 1:
             report.add_curve({name: sorted(points)}, f"{name} by the middle of its window, seconds after the last given frame")
-    report.add_table(_table(record["measures"]), caption="Beside each generated value: the recorded video's, and those of videos that are known to be bad")
+    caption = "Beside each generated value: the recorded video's, and those of videos that are known to be bad"
+    report.add_table(_table(record["measures"]), caption=caption)
     if any(row["card"]["score"].startswith("following") for row in record["measures"]):
         report.add_text(
-            "Following: motion is read from the pictures; the recorded row is the reader's own error on this data, so only what exceeds it is the model's. "
-            "Nothing else is claimed where the reader has not been checked against true motion."
+            "Following: motion is read from the pictures; the recorded row is the reader's own error on this data, so only what exceeds it is the "
+            "model's. Nothing else is claimed where the reader has not been checked against true motion."
         )
     for score, why in record["left_out"].items():
         report.add_text(f"Left out: {score}, {why}.")

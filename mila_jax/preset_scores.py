@@ -100,9 +100,10 @@ def spans_of(preset, network: Network, windows) -> list[Span]:
     first = preset.fvd_from if network.clips else preset.fid_from
     out = [Span("", first, preset.frames - first)]
     for start, stop in windows:
-        out.append(Span(f"{start:g}-{stop:g}", *protocol.window(preset.frames, preset.conditioning, preset.fps or FRAME_RATE, start, stop, first)))
-        if network.clips and out[-1].count < i3d.LEAST_FRAMES:
-            raise UserError(f"--windows: {out[-1].window} s holds {out[-1].count} frames of a clip, {network.score} needs {i3d.LEAST_FRAMES}; make it longer")
+        where = protocol.window(preset.frames, preset.conditioning, preset.fps or FRAME_RATE, start, stop, first)
+        out.append(Span(f"{start:g}-{stop:g}", *where))
+        if network.clips and where[1] < i3d.LEAST_FRAMES:
+            raise UserError(f"--windows: {out[-1].window} s holds {where[1]} frames of a clip, {network.score} needs {i3d.LEAST_FRAMES}; make it longer")
     return out
 
 
@@ -168,7 +169,8 @@ class PresetBench:
         later = numbers[given - 1 :]
         driven = relative_waypoints(scene["ego_translation"][later, FRONT], scene["ego_rotation"][later, FRONT], 0)
         commanded = start.trajectory.at(np.concatenate([[0], at]) / FRAME_RATE)
-        return ClipVideo(np.concatenate([real[:, :given], made], 1), real, given, commanded, driven, start.intrinsics, start.extrinsics, self.seed(clip))
+        fake = np.concatenate([real[:, :given], made], 1)
+        return ClipVideo(fake, real, given, commanded, driven, start.intrinsics, start.extrinsics, self.seed(clip))
 
     def cell(self, clip: Clip, shown: pathlib.Path | None = None) -> Cell:
         """Features and measures of one clip; names: see `_describe`."""
@@ -230,8 +232,8 @@ class PresetBench:
 
 
 def preset_command(
-    config, name: str, out, *, networks=None, limit: int = 0, windows: str | None = None, motion: str | None = None, lpips: bool = False, dino=None, clip=None,
-    progress: bool = True,
+    config, name: str, out, *, networks=None, limit: int = 0, windows: str | None = None, motion: str | None = None, lpips: bool = False,
+    dino=None, clip=None, progress: bool = True,
 ) -> pathlib.Path:  # fmt: skip
     """`mila evaluate --preset=NAME`: writes scores.json and report.html to `out`; returns the path of the report.
 
@@ -271,7 +273,8 @@ def preset_command(
     }  # fmt: skip
     write_atomically(out / "scores.json", json.dumps(record, indent=1).encode())
     for row in rows + others:
-        value = f"{row['distance']:.2f}" if "distance" in row else f"{row['generated']:.4f}" + (f", recorded {row['recorded']:.4f}" if "recorded" in row else "")
+        value = f"{row['distance']:.2f}" if "distance" in row else f"{row['generated']:.4f}"
+        value += f", recorded {row['recorded']:.4f}" if "recorded" in row else ""
         window = f" {row['card']['window']} s" if row["card"]["window"] else ""
         print(f"{row['card']['score']} {row['card']['views']}{window}: {value}")
         print(protocol.Card(**row["card"]).text())
@@ -284,8 +287,8 @@ def _card(bench: PresetBench, clips, view: str, **fields) -> dict:
     preset = bench.preset
     return dataclasses.asdict(
         protocol.Card(
-            views=view, given=preset.conditioning, fps=preset.fps or FRAME_RATE, image_size=tuple(bench.config.data.image_size), real=bench.real.described,
-            n_real=len(clips), n_fake=len(clips), clips=preset.name, clips_sha256=clip_list_hash(clips), seed=bench.config.seed, **fields,
+            views=view, given=preset.conditioning, fps=preset.fps or FRAME_RATE, image_size=tuple(bench.config.data.image_size),
+            real=bench.real.described, n_real=len(clips), n_fake=len(clips), clips=preset.name, clips_sha256=clip_list_hash(clips), seed=bench.config.seed, **fields,
         )
     )  # fmt: skip
 
@@ -308,4 +311,5 @@ def measure_rows(bench: PresetBench, measure: Measure, view: str, cells, clips) 
         _card, bench, clips, view, network=measure.network, network_sha256=measure.sha256, preprocessing=measure.preprocessing,
         frames=bench.preset.frames - measure.first, first=measure.first,
     )  # fmt: skip
-    return [row | {"card": card(score=row.pop("score"))} for row in measure.rows(found, view)]
+    rows = measure.rows(found, view)
+    return [{key: value for key, value in row.items() if key != "score"} | {"card": card(score=row["score"])} for row in rows]

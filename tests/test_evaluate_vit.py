@@ -36,7 +36,8 @@ def _weights(spec, seed=0) -> dict:
         flat[f"{names['patch']}.bias"] = draw(d)
     for i in range(spec.depth):
         norms += [names[k].format(i) for k in ("ln1", "ln2")]
-        linears += [(names["qkv"][0].format(i), d, 3 * d), (names["out"].format(i), d, d), (names["fc1"].format(i), d, 4 * d), (names["fc2"].format(i), 4 * d, d)]
+        linears += [(names["qkv"][0].format(i), d, 3 * d), (names["out"].format(i), d, d)]
+        linears += [(names["fc1"].format(i), d, 4 * d), (names["fc2"].format(i), 4 * d, d)]
     for name in norms:
         flat |= {f"{name}.weight": 1 + draw(d), f"{name}.bias": draw(d)}
     for name, inside, outside in linears:
@@ -163,7 +164,8 @@ def test_sizes_of_the_published_networks():
     for spec, tokens in ((vit.DINO, 197), (vit.CLIP, 50)):
         assert 1 + spec.grid**2 == tokens and spec.grid * spec.patch == vit.SIZE
     params = {
-        "patch": np.zeros((16, 16, 3, 48)), "patch_bias": np.zeros(48), "cls": np.zeros(48), "pos": np.zeros((197, 48)), "post": {"scale": np.zeros(48), "bias": np.zeros(48)},
+        "patch": np.zeros((16, 16, 3, 48)), "patch_bias": np.zeros(48), "cls": np.zeros(48), "pos": np.zeros((197, 48)),
+        "post": {"scale": np.zeros(48), "bias": np.zeros(48)},
         "blocks": jax.tree.map(lambda s: np.zeros((2, *s)), {
             "ln1": {"scale": (48,), "bias": (48,)}, "ln2": {"scale": (48,), "bias": (48,)}, "qkv": {"kernel": (48, 144), "bias": (144,)},
             "out": {"kernel": (48, 48), "bias": (48,)}, "fc1": {"kernel": (48, 192), "bias": (192,)}, "fc2": {"kernel": (192, 48), "bias": (48,)}},

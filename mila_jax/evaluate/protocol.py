@@ -162,7 +162,10 @@ def kernel_distance(real: Sequence, fake: Sequence, *, subset: int = 1000, subse
     rng = np.random.default_rng(seed)
     draws = [[rng.choice(n, size, replace=False) for n in counts] for _ in range(subsets if size < max(counts) else 1)]
     sides = [_rows(side, np.unique(np.concatenate([draw[i] for draw in draws]))) for i, side in enumerate((real, fake))]
-    values = [frechet.kernel_distance(*(rows[np.searchsorted(numbers, drawn)].astype(np.float64) for (numbers, rows), drawn in zip(sides, draw))) for draw in draws]
+    values = []
+    for draw in draws:
+        drawn = (rows[np.searchsorted(numbers, d)].astype(np.float64) for (numbers, rows), d in zip(sides, draw))
+        values.append(frechet.kernel_distance(*drawn))
     return float(np.mean(values))
 
 
