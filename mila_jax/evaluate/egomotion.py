@@ -25,9 +25,11 @@ FASTEST, SHARPEST = 1.8, 0.08  # metres and radians a frame: what is searched, 2
 
 
 class EgoMotion:
-    """Estimator for one rig. intrinsics [6, 4] (fractions of width and height), extrinsics [6, 7] (camera → ego: metres, quaternion w first)."""
+    """Estimator for one rig of v cameras. intrinsics [v, 4] (fractions of width and height), extrinsics [v, 7] (camera → ego: metres, quaternion w
+    first); rate: frames a second of the videos."""
 
-    def __init__(self, intrinsics, extrinsics):
+    def __init__(self, intrinsics, extrinsics, rate: float = 12.0):
+        self.slow = 12 / rate  # what is searched is told a frame, at 12 Hz
         self.intrinsics = np.asarray(intrinsics, np.float64)
         extrinsics = np.asarray(extrinsics, np.float64)
         self.camera2ego = transform(extrinsics[:, :3], extrinsics[:, 3:])
@@ -71,7 +73,7 @@ class EgoMotion:
         if self.points is None or self.size != earlier.shape[1:3]:
             self._prepare(*earlier.shape[1:3])
         earlier, later = (ndimage.gaussian_filter(grey(x), (0, 0.7, 0.7)) for x in (earlier, later))
-        far, turn = gap * FASTEST, gap * SHARPEST
+        far, turn = gap * FASTEST * self.slow, gap * SHARPEST * self.slow
         # The turn moves every picture whole and is found well even at a wrong distance: both coarsely, then ever finer around the best.
         distances, yaws = np.linspace(0, far, 7), np.linspace(-turn, turn, 13)
         step = np.array([far / 8, turn / 8])
@@ -84,10 +86,10 @@ class EgoMotion:
         return float(yaw), np.array([self._misfit(earlier, later, d, yaw) for d in np.linspace(0, far, SPEEDS)])
 
     def __call__(self, frames) -> np.ndarray:
-        """Movements [t − 1, 3] from frame to frame (metres forward and left, radians) of uint8 [t, 6, H, W, 3], t ≥ 2; equal within `GAP` frames."""
+        """Movements [t − 1, 3] from frame to frame (metres forward and left, radians) of uint8 [t, v, H, W, 3], t ≥ 2; equal within `GAP` frames."""
         marks = sorted({*range(0, len(frames) - 1, GAP), len(frames) - 1})
         read = [self._read(frames[a], frames[b], b - a) for a, b in zip(marks, marks[1:])]
-        speeds = steady(np.stack([costs for _, costs in read]))
+        speeds = self.slow * steady(np.stack([costs for _, costs in read]))
         out = []
         for a, b, (yaw, _), speed in zip(marks, marks[1:], read, speeds):
             turn = yaw / (b - a)

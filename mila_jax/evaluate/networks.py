@@ -45,7 +45,8 @@ class Network:
             raise UserError(f"{self.score} needs clips of at least {i3d.LEAST_FRAMES} frames, these have {frames.shape[1]}; score longer ones")
         devices = jax.local_devices()
         chunk = -(-self.chunk // len(devices)) * len(devices)
-        split = jax.sharding.NamedSharding(jax.make_mesh((len(devices),), ("images",), devices=devices), jax.P("images"))
+        mesh = jax.make_mesh((len(devices),), ("images",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+        split = jax.sharding.NamedSharding(mesh, jax.P("images"))
         found = []
         for start in range(0, len(frames), chunk):
             part = frames[start : start + chunk]

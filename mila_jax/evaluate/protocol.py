@@ -6,7 +6,7 @@ and what a broken video gives (the real frames shuffled in time, or the first on
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from mila_jax.evaluate import frechet
 @dataclasses.dataclass(frozen=True)
 class Card:
     """frames: in a scored clip; first: number of the first one of them, 0 being the first given frame; given: frames that the model was given;
-    views: front or multi; real: where the real frames come from; clips: their list's name, clips_sha256: its hash."""
+    views: front or multi; real: where the real frames come from; clips: their list's name, clips_sha256: its hash; window: seconds after the last given
+    frame ("" for the whole clip); network_sha256: "" for scores without a network."""
 
     score: str
     network: str
@@ -35,6 +36,7 @@ class Card:
     clips: str
     clips_sha256: str
     seed: int
+    window: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON has lists
@@ -42,8 +44,10 @@ class Card:
     def text(self) -> str:
         """The card in two lines."""
         last = self.first + self.frames - 1
+        weights = f" (SHA-256 {self.network_sha256[:12]})" if self.network_sha256 else ""
+        window = f" ({self.window} s)" if self.window else ""
         return (
-            f"{self.score} {self.views}: {self.network} (SHA-256 {self.network_sha256[:12]}), {self.preprocessing}; frames {self.first} to {last} of "
+            f"{self.score} {self.views}: {self.network}{weights}, {self.preprocessing}; frames {self.first} to {last}{window} of "
             f"{self.image_size[0]}×{self.image_size[1]} at {self.fps:g} Hz, {self.given} given;\n"
             f"{self.n_fake} generated against {self.n_real} real ({self.real}); clips {self.clips} (SHA-256 {self.clips_sha256[:12]}), seed {self.seed}"
         )
@@ -58,19 +62,47 @@ class Card:
         return json.dumps(dataclasses.asdict(self))
 
 
-def window(frames: int, given: int, fps: float, start: float, stop: float) -> tuple[int, int]:
+def window(frames: int, given: int, fps: float, start: float, stop: float, first: int | None = None) -> tuple[int, int]:
     """First frame and number of frames of a clip that "`start` to `stop` seconds" means: start <= t < stop seconds after the last given frame.
 
-    frames: of the clip, the given ones included; none of those is ever inside. Raises `UserError` for a window that ends after the clip or
-    holds no frame.
+    frames: of the clip, the given ones included; first: the first frame that the protocol scores, None for the first generated one (a given
+    frame is inside where the protocol scores it and its time is). Raises `UserError` for a window that ends after the clip or holds no frame.
     """
-    times = (np.arange(frames) - (given - 1)) / fps
+    numbers = np.arange(frames)
+    times = (numbers - (given - 1)) / fps
     # A rounding error of 1/fps must not move a frame over an edge.
-    inside = np.flatnonzero((np.arange(frames) >= given) & (times >= start - 1e-6) & (times < stop - 1e-6))
+    inside = np.flatnonzero((numbers >= (given if first is None else first)) & (times >= start - 1e-6) & (times < stop - 1e-6))
     end = (frames - given + 1) / fps
     if not len(inside) or stop > end + 1e-6:
         raise UserError(f"the window of {start:g} to {stop:g} s holds no frames or ends after the clip, which has {end:g} s at {fps:g} Hz; choose another")
     return int(inside[0]), len(inside)
+
+
+def parse_windows(text: str) -> list[tuple[float, float]]:
+    """Windows (start, stop) in seconds of an option such as `0-4,4-8`. Raises `UserError` for anything else."""
+    found = []
+    for part in text.split(","):
+        try:
+            start, stop = map(float, part.split("-"))
+        except ValueError:
+            raise UserError(f"--windows={text}: {part!r} is not START-STOP in seconds; write for example --windows=0-4,4-8") from None
+        if not 0 <= start < stop < np.inf:
+            raise UserError(f"--windows={text}: {part!r} must run from 0 or later to a later second")
+        found.append((start, stop))
+    return found
+
+
+class Parts(Sequence):
+    """Features that are read from where they lie whenever they are asked for: `load(item)` gives those of one clip, [n, d]."""
+
+    def __init__(self, load: Callable, items: Sequence):
+        self.load, self.items = load, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return Parts(self.load, self.items[index]) if isinstance(index, slice) else self.load(self.items[index])
 
 
 def disturbed(frames, seed: int) -> dict:
@@ -121,17 +153,33 @@ def distance(real: Iterable, fake: Iterable) -> float:
     return frechet.frechet_distance_of_gaussians(*sides)
 
 
-def kernel_distance(real: list, fake: list, *, subset: int = 1000, subsets: int = 20, seed: int = 0) -> float:
-    """Kernel distance (KID, or MMD of video features) with the cubic kernel, mean over random subsets; unbiased at any number of clips."""
-    real, fake = (np.concatenate([np.asarray(f, np.float64) for f in side]) for side in (real, fake))
-    size = min(subset, len(real), len(fake))
+def kernel_distance(real: Sequence, fake: Sequence, *, subset: int = 1000, subsets: int = 20, seed: int = 0) -> float:
+    """Kernel distance (KID, or MMD of video features) with the cubic kernel, mean over random subsets; unbiased at any number of clips.
+
+    real, fake: features [n, d] of each clip; only those that a subset holds are kept in memory."""
+    counts = [sum(map(len, side)) for side in (real, fake)]
+    size = min(subset, *counts)
     rng = np.random.default_rng(seed)
-    draws = subsets if size < max(len(real), len(fake)) else 1
-    values = [frechet.kernel_distance(*(side[rng.choice(len(side), size, replace=False)] for side in (real, fake))) for _ in range(draws)]
+    draws = [[rng.choice(n, size, replace=False) for n in counts] for _ in range(subsets if size < max(counts) else 1)]
+    sides = [_rows(side, np.unique(np.concatenate([draw[i] for draw in draws]))) for i, side in enumerate((real, fake))]
+    values = []
+    for draw in draws:
+        drawn = (rows[np.searchsorted(numbers, d)].astype(np.float64) for (numbers, rows), d in zip(sides, draw))
+        values.append(frechet.kernel_distance(*drawn))
     return float(np.mean(values))
 
 
-def score(real: list, fake: list, broken: dict | None = None) -> dict:
+def _rows(parts: Sequence, numbers) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers, their rows) of the parts put one below the other; numbers ascending."""
+    kept, first = [], 0
+    for part in parts:
+        inside = numbers[(numbers >= first) & (numbers < first + len(part))] - first
+        kept.append(np.asarray(part)[inside])
+        first += len(part)
+    return numbers, np.concatenate(kept)
+
+
+def score(real: Sequence, fake: Sequence, broken: dict | None = None) -> dict:
     """One row: the distance of generated to real features and its sanity values.
 
     real, fake: features [n, d] of each clip; broken: name → the same for broken versions of the real clips (`disturbed`). Halves are the
