@@ -1,13 +1,14 @@
 """The T5 v1.1 encoder: parity with transformers on random weights (optional), and what wrong files say."""
 
 import importlib.util
+import io
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from mila_jax.errors import UserError
-from mila_jax.model.t5 import T5, T5Config, check_tensors, infer_t5_config, t5_forward, t5_shapes
+from mila_jax.model.t5 import T5, T5Config, check_tensors, infer_t5_config, open_tokenizer, t5_forward, t5_shapes
 from mila_jax.model.text import make_text_encoder
 
 CONFIG = T5Config(layers=2, width=16, heads=2, head_width=6, mlp_width=24, buckets=32, vocabulary=40)
@@ -65,6 +66,67 @@ def test_parity_with_transformers(tensors):
         theirs = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask.astype(np.int64))).last_hidden_state.numpy()
     ours = np.asarray(t5_forward(tensors, CONFIG, tensors["shared.weight"][ids], mask))
     np.testing.assert_allclose(ours[mask], theirs[mask], atol=2e-5)
+
+
+TEXTS = ["rain", "turn left, cross the intersection", "Parked cars; peds crossing (2)", "", "  two   spaces\tand a tab ", "naïve café 雨"]
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory):
+    """A sentencepiece model as T5's are made: unigrams, padding 0, end 1, unknown 2, no begin."""
+    return sentencepiece_model(tmp_path_factory.mktemp("spiece"), pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
+def sentencepiece_model(folder, **ids):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed: pip install 'mila_jax[t5]'")
+    words = ["rain", "turn left", "turn right", "cross intersection", "parked cars", "peds crossing", "wait at light", "night, construction"]
+    lines = [f"{a}, {b}" for a in words for b in words]
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=out, vocab_size=CONFIG.vocabulary, hard_vocab_limit=False, model_type="unigram", minloglevel=2, num_threads=1, **ids,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(out.getvalue())
+    return folder / "spiece.model"
+
+
+def test_a_sentencepiece_model(spiece, tmp_path, tensors):
+    """Found beside the weights; every text ends with 1, also one that is cut, and what follows is padding."""
+    ids = open_tokenizer(spiece)(TEXTS)
+    assert all(row[-1] == 1 and row.count(1) == 1 and 0 not in row for row in ids) and ids[3] == [1]
+    assert ids[4] == open_tokenizer(spiece)(["two spaces and a tab"])[0]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "spiece.model").write_bytes(spiece.read_bytes())
+    encoder = make_text_encoder("t5", 4, tmp_path)
+    tokens, mask = encoder.encode(TEXTS)
+    assert mask.sum(1).tolist() == [min(len(row), 4) for row in ids] and not tokens[~mask].any()
+    cut = next(i for i, row in enumerate(ids) if len(row) > 4)
+    words = tensors["shared.weight"][ids[cut][:3] + [1]][None]
+    np.testing.assert_allclose(tokens[cut], np.asarray(t5_forward(tensors, CONFIG, words, np.ones((1, 4), bool)))[0], atol=3e-3)
+
+
+def test_files_that_are_not_t5s_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="not T5's tokenizer: its padding and end are -1 and 2"):
+        open_tokenizer(sentencepiece_model(tmp_path))
+    (tmp_path / "spiece.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="spiece.model is not a sentencepiece model"):
+        open_tokenizer(tmp_path / "spiece.model")
+    with pytest.raises(UserError, match="nowhere.model does not exist; set text.tokenizer"):
+        open_tokenizer(tmp_path / "nowhere.model")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json is not a readable tokenizer.json"):
+        open_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_token_ids_are_those_of_transformers(spiece):
+    """As Open-Sora 1.2 calls it (opensora/models/text_encoder/t5.py): padded to the length, cut, ends added."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.T5Tokenizer(str(spiece), extra_ids=0)
+    for length in (4, 30):
+        found = theirs(TEXTS, max_length=length, padding="max_length", truncation=True, add_special_tokens=True)
+        for row, ids, mask in zip(open_tokenizer(spiece)(TEXTS), found["input_ids"], found["attention_mask"]):
+            row = row[: length - 1] + [1] if len(row) > length else row
+            assert row + [0] * (length - len(row)) == ids and sum(mask) == len(row)
 
 
 def test_wrong_weights_are_named(tensors, folder):

@@ -135,6 +135,7 @@ def open_tokenizer(path):
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises its own base class
             raise UserError(f"{path} is not a readable tokenizer.json ({error}); get it again") from None
+        check_ends(path, tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("</s>"))
         tokenizer.no_padding(), tokenizer.no_truncation()
         return lambda texts: [[i for i in t.ids if i != END] + [END] for t in tokenizer.encode_batch(list(texts))]
     try:
@@ -145,7 +146,14 @@ def open_tokenizer(path):
         model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path} is not a sentencepiece model ({str(error).splitlines()[0][:120]}); get it again") from None
+    check_ends(path, model.pad_id(), model.eos_id())
     return lambda texts: [model.encode(text) + [END] for text in texts]
+
+
+def check_ends(path, pad: int | None, end: int | None) -> None:
+    """Raises `UserError` naming the file for a tokenizer that marks padding and ends with other ids than T5's."""
+    if (pad, end) != (PAD, END):
+        raise UserError(f"{path} is not T5's tokenizer: its padding and end are {pad} and {end}, T5's {PAD} and {END}; set text.tokenizer to T5 v1.1's")
 
 
 class T5:
