@@ -133,6 +133,14 @@ def test_videos_on_other_ways_have_no_boxes(small_config, tmp_path, capsys):
     assert not (tmp_path / "more").exists()
 
 
+def test_boxes_turn_between_two_moments():
+    """Half of a turn by 0.8 rad is one by 0.4, whichever sign the quaternions have; equal rotations stay."""
+    first, second = geometry.yaw_quaternion(0.2), geometry.yaw_quaternion(1.0)
+    for other in (second, -second):
+        np.testing.assert_allclose(geometry.interpolate_rotation(first, other, 0.5), geometry.yaw_quaternion(0.6), atol=1e-12)
+    np.testing.assert_allclose(geometry.interpolate_rotation(first, first, np.array([0.0, 0.3])), [first, first], atol=1e-12)
+
+
 def test_annotation_tables_that_do_not_belong_together(small_config, tmp_path):
     folder = tmp_path / "v"
     folder.mkdir()
