@@ -32,17 +32,21 @@ def _forward(q, k, v, mask):
     if mask is not None:
         # Added, not selected: the compiler then keeps product and softmax in one piece.
         scores += jnp.where(mask, 0.0, -1e30).reshape(mask.shape[:-1] + (1,) * (q.ndim - batch - 1) + mask.shape[-1:])
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = _dot(weights, v, (last,), (k.ndim - 2,), batch).astype(v.dtype)
-    return y, (q, k, v, weights, y)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    # The sum divides the result, a head's few elements, and not the weights, of which there is one for each key.
+    inverse = 1 / weights.sum(-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    y = (_dot(weights, v, (last,), (k.ndim - 2,), batch) * inverse).astype(v.dtype)
+    return y, (q, k, v, weights, inverse, y)
 
 
 def _backward(saved, g):
-    q, k, v, weights, y = saved
+    q, k, v, weights, inverse, y = saved
     batch, last = k.ndim - 2, q.ndim - 1
     queries = tuple(range(batch, last))
+    g = g.astype(jnp.float32) * inverse
     dv = _dot(g, weights, queries, queries, batch)  # [*batch, e, s]
-    inner = jnp.sum(g.astype(jnp.float32) * y, -1, keepdims=True)
+    inner = jnp.sum(g * y, -1, keepdims=True)
     ds = (weights * (_dot(g, v, (last,), (k.ndim - 1,), batch) - inner)).astype(q.dtype)
     dq = _dot(ds, k, (last,), (k.ndim - 2,), batch)
     dk = _dot(q, ds, queries, queries, batch)  # [*batch, e, s]
