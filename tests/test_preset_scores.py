@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline import presets
 from data_pipeline.presets import scenes_of_encoded
-from mila_jax import preset_measures, preset_report, preset_scores
+from mila_jax import preset_measures, preset_report, preset_scores, scores
 from mila_jax.cli import main
 from mila_jax.errors import UserError
 from mila_jax.evaluate.networks import Network
@@ -198,6 +198,25 @@ def test_measures_of_networks_tell_the_recorded_value(trained, tmp_path, monkeyp
     assert rows["LPIPS", "front"]["generated"] > 0 and rows["LPIPS", "front"]["last given frame standing still"] > 0
     assert "first is better" not in preset_report.report_command(tmp_path / "a", tmp_path / "a")
     assert set(record["left_out"]) == {"motion smoothness", "trajectory following"}
+
+
+def test_lpips_of_the_autoencoder_beside_its_psnr(trained, tmp_path, monkeypatch):
+    class Lpips:
+        def describe(self):
+            return "a stand-in"
+
+        def __call__(self, a, b):
+            assert a.shape == b.shape == (48, 32, 48, 3)
+            return np.full(len(a), 0.25)
+
+    monkeypatch.setattr(scores, "Lpips", Lpips)
+    monkeypatch.setattr(scores, "compare", lambda generated, real, **_: [])
+    found = scores.evaluate_command(trained, clips=1, seconds=0.5, out=tmp_path / "scores.json", lpips=True, progress=False)
+    assert found["reconstruction_lpips"] == 0.25 and found["lpips"] == "a stand-in" and found["reconstruction_psnr_db"] > 0
+    config = trained.copy_and_resolve_references()
+    config.data.nuscenes = None
+    with pytest.raises(UserError, match="--lpips without --preset .* --config.data.nuscenes"):
+        scores.evaluate_command(config, clips=1, seconds=0.5, out=None, lpips=True, progress=False)
 
 
 def _numbered(count):
