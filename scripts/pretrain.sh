@@ -17,12 +17,13 @@ $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$ru
   --config.autoencoder.path="$autoencoder"
 # A first network, smaller and without the sweep; the three stages grow it.
 $python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/base" --config.train.steps=4000 \
-  --config.model.depth=4 --config.model.sweep=0 --config.train.context_rate=0
+  --config.model.depth=4 --config.model.sweep=0 --config.train.context_rate=0 --config.window.tpd_strength=0.5
 
 stage() {  # number, weights to start from, further arguments
   local number="$1" from="$2"; shift 2
   $python -m mila_jax train --config="configs/tiny.py:stage$number" --config.data.dir="$runs/encoded" --config.train.dir="$runs/stage$number" \
-    --config.train.init_from="$from" --config.train.learning_rate=8e-4 --config.train.single_frame=0.2 --config.train.checkpoint_every=100 "$@"
+    --config.train.init_from="$from" --config.train.learning_rate=8e-4 --config.train.single_frame=0.2 --config.train.checkpoint_every=100 \
+    --config.window.tpd_strength=0.5 "$@"
 }
 # Windows of 2 + 12 frames at 1 Hz are longer than the scenes, so stage 1 has two rates; the patch embedding is new where the sweep enters.
 stage 1 "$runs/base/model.safetensors" --config.train.steps=240 --config.train.warmup=50 --config.train.decay=False \

@@ -238,7 +238,7 @@ def test_other_commands_say_that_they_cannot(trained, tmp_path, capsys):
     ):  # fmt: skip
         assert run(trained, *command) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "temporal" in error or "clips of mila-600" in error, error
+        assert error.count("\n") == 1 and ("temporal" in error or "clips of mila-600" in error), error
 
 
 def test_videos_of_temporal_latents_are_told(tmp_path):
