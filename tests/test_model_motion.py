@@ -23,14 +23,14 @@ def _paint(points):
     return jnp.stack([jnp.sin(points[..., 0] / 9) + jnp.cos(points[..., 1] / 7), jnp.cos(points[..., 2] / 4 + points[..., 0] / 20)], -1)
 
 
-def _render(waypoints):
-    """Six views of the corridor itself, which moves with the car: exact only for walls along the direction of travel."""
+def _render(waypoints, moves=0.0):
+    """Six views of the corridor itself, which moves with the car: exact only for walls along the direction of travel. moves: speed of its paint."""
     intrinsics, extrinsics = _rig(len(waypoints))
     rays = motion.camera_rays(intrinsics, extrinsics, HEIGHT, WIDTH)
     points = motion.corridor_points(extrinsics[..., None, None, :3], rays)
     ahead = jnp.asarray(waypoints)[None, None, :, None, None, :]
     world = motion.turn(points, ahead[..., 2]) + jnp.concatenate([ahead[..., :2], 0 * ahead[..., :1]], -1)
-    return _paint(world), intrinsics, extrinsics
+    return _paint(world - moves * jnp.concatenate([ahead[..., :2], 0 * ahead[..., :1]], -1)), intrinsics, extrinsics
 
 
 def _inner(x):
@@ -58,6 +58,21 @@ def test_straight_drive_through_a_corridor_is_predicted():
     # The other way round in time, too: what lay ahead is then behind.
     v = view_index("CAM_FRONT_LEFT")
     assert float(jnp.abs(_inner(y[0, v, 0, 2] - x[0, v, 0])).mean()) < 0.3 * float(jnp.abs(_inner(x[0, v, 2] - x[0, v, 0])).mean())
+
+
+def test_traffic_is_predicted_by_the_corridor_that_moves_with_it():
+    waypoints = np.array([[0, 0, 0], [2, 0, 0], [4, 0, 0]], np.float32)
+    v = view_index("CAM_FRONT_LEFT")
+    errors = {}
+    for paint in (0.0, 1.0, -1.0):
+        x, intrinsics, extrinsics = _render(waypoints, paint)
+        for moves in (0.0, 1.0, -1.0):
+            corridor = motion.CORRIDORS[0]._replace(moves=moves)
+            y = motion.carry(x, jnp.asarray(waypoints)[None], intrinsics, extrinsics, corridor)
+            errors[paint, moves] = float(jnp.abs(_inner(y[0, v, 2, 0] - x[0, v, 2])).mean())
+    for paint in (0.0, 1.0, -1.0):
+        assert all(errors[paint, paint] < 0.4 * errors[paint, moves] for moves in (0.0, 1.0, -1.0) if moves != paint), errors
+    assert {corridor.moves for corridor in motion.CORRIDORS} == {0.0, 1.0, -1.0}
 
 
 def test_a_turn_on_the_spot_takes_from_the_neighbouring_camera():

@@ -14,15 +14,19 @@ from mila_jax.model.layers import rotation_matrix
 
 
 class Corridor(NamedTuple):
-    """wall: metres from the car's path to the walls; dome: metres, its radius."""
+    """wall: metres from the car's path to the walls; dome: metres, its radius; moves: speed of all of it, in the car's own: 1 drives along, -1 comes towards."""
 
     wall: float
     dome: float
+    moves: float = 0.0
 
 
 # The first is the one that the prior is fitted to. The others are other guesses at how far things are, as in a plane sweep: a parked car is 4 m
-# away, not 20, and where the carried frames of one guess agree with each other the network can tell that it is the right one.
-CORRIDORS = (Corridor(20.0, 60.0), Corridor(4.5, 60.0), Corridor(9.0, 60.0), Corridor(40.0, 200.0))
+# away, not 20, and where the carried frames of one guess agree with each other the network can tell that it is the right one. The last two are
+# of traffic: beside or ahead of us in our direction, and oncoming.
+CORRIDORS = (
+    Corridor(20.0, 60.0), Corridor(4.5, 60.0), Corridor(9.0, 60.0), Corridor(40.0, 200.0), Corridor(4.5, 60.0, moves=1.0), Corridor(4.5, 60.0, moves=-1.0),
+)  # fmt: skip
 
 
 def camera_rays(intrinsics, extrinsics, height: int, width: int):
@@ -85,6 +89,7 @@ def carry(latents, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRI
     [b, v, t (i), t (j), h, w, c]; entries with i = j are the latents themselves.
     """
     b, v, t, h, w, c = latents.shape
+    waypoints = waypoints * (1 - corridor.moves)  # the way relative to what moves; exact on straight roads
     rays = camera_rays(intrinsics, extrinsics, h, w)  # [b, v, i, h, w, 3]
     points = corridor_points(extrinsics[..., None, None, :3], rays, corridor)
     yaw = waypoints[..., 2]
