@@ -26,8 +26,8 @@ from mila_jax.views import view_index
 def drift_command(config, folders, out, *, extractor=None, motion: bool = False, ego_motion=None) -> pathlib.Path:
     """`mila drift`: folders that `mila generate` made, against the val scenes of `data.dir`; writes drift.json and drift.html to `out`.
 
-    Videos of one strategy are one curve; two strategies of the same drives are compared drive by drive, too. motion: read the car's motion, too, by `EgoMotion` of each video's rig or by `ego_motion` (see
-    `evaluate.drift.measure`), from videos that tell their poses, whose trajectory is compared with the commanded one (`following`), and from
+    Videos of one strategy are one curve; two strategies of the same drives are compared drive by drive, too. motion: read the car's motion, too, by
+    `EgoMotion` of each video's rig or by `ego_motion` (see `evaluate.drift.measure`), from videos that tell their poses, whose trajectory is compared with the commanded one (`following`), and from
     recorded scenes, which tell the reader's own error; some two CPU seconds for each second of video.
     Raises `UserError` for a folder without a finished video.
     """
@@ -88,7 +88,7 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
 
 
 def _drive(about, arrays) -> str:
-    """What two videos of the same drive share: poses and description. Two of one drive and strategy differ by seed alone."""
+    """What two videos must share to be compared drive by drive: poses, description, length and noise seed."""
     poses = np.asarray(arrays.get("poses", ()), np.float64).round(2)
     return hashlib.sha256(json.dumps([about.get("text"), about["frames"], poses.tolist(), about.get("seed")]).encode()).hexdigest()
 
