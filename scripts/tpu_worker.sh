@@ -168,6 +168,8 @@ stop() {
       flock --timeout 10 "$launcher/lock" true || fail "process $(cat "$launcher/pid") cannot be ended"
       write_state "stopped 137"
     fi
+    # The signal may come before there is anything that could write this.
+    if [ "$(cat "$launcher/state")" = running ]; then write_state "stopped 143"; fi
   fi
   status
 }

@@ -511,9 +511,16 @@ def test_worker_stops_after_a_save_and_can_go_on(worker):
     worker.until(lambda: worker.state == "interrupted 75")
     worker.codes("wait")
     worker("start", "--", "train")
-    worker.until(lambda: len(worker.attempts) == 4)
+    worker.until(lambda: worker.attempts == ["wait", "saved", "wait", "saved", "wait"])
     os.killpg(int((launcher / "pid").read_text()), signal.SIGKILL)
     worker.until(lambda: worker.state == "lost")
+
+
+def test_worker_can_be_stopped_as_soon_as_it_is_started(worker):
+    for _ in range(3):  # whether the signal comes before or after there is a command
+        worker.codes("wait")
+        worker("start", "--", "train")
+        assert worker("stop").stdout.startswith("mila-worker w stopped ")
 
 
 def test_worker_can_be_stopped_between_two_attempts(worker):
