@@ -20,6 +20,10 @@ class Corridor(NamedTuple):
     dome: float
     moves: float = 0.0
 
+    def way(self, waypoints):
+        """The car's way relative to the corridor, from `Conditions.waypoints`; exact on straight roads."""
+        return waypoints * (1 - self.moves)
+
 
 # The first is the one that the prior is fitted to. The others are other guesses at how far things are, as in a plane sweep: a parked car is 4 m
 # away, not 20, and where the carried frames of one guess agree with each other the network can tell that it is the right one. The last two are
@@ -89,7 +93,7 @@ def carry(latents, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRI
     [b, v, t (i), t (j), h, w, c]; entries with i = j are the latents themselves.
     """
     b, v, t, h, w, c = latents.shape
-    waypoints = waypoints * (1 - corridor.moves)  # the way relative to what moves; exact on straight roads
+    waypoints = corridor.way(waypoints)
     rays = camera_rays(intrinsics, extrinsics, h, w)  # [b, v, i, h, w, 3]
     points = corridor_points(extrinsics[..., None, None, :3], rays, corridor)
     yaw = waypoints[..., 2]

@@ -135,10 +135,12 @@ def preconditioned(network, prior: Prior, sweep: int = 0):
         k = covariance(conditions.frame_times, conditions.waypoints, prior.weights)
         x, v, std = jax.lax.stop_gradient(linear_denoiser(carried, levels, k))
         seen = [y, x]
-        if sweep:
-            gain = others_gain(levels, k)
-            guesses = [carried, *(carry(y, *places, corridor) for corridor in CORRIDORS[1:sweep])]
-            seen += [jax.lax.stop_gradient(jnp.einsum("bvcij,bvijhwc->bvihwc", gain, guess)) for guess in guesses]
+        gain = others_gain(levels, k) if sweep else None
+        for corridor in CORRIDORS[:sweep]:
+            guess = carried if corridor == CORRIDORS[0] else carry(y, *places, corridor)
+            # What moves with the car is near it whatever the way: its frames are as alike as those of a standing car.
+            gains = others_gain(levels, covariance(conditions.frame_times, corridor.way(conditions.waypoints), prior.weights)) if corridor.moves else gain
+            seen.append(jax.lax.stop_gradient(jnp.einsum("bvcij,bvijhwc->bvihwc", gains, guess)))
         f = network(jnp.concatenate(seen, -1), levels, conditions)
         return (v + std[:, :, :, None, None] * f) @ basis.T
 
