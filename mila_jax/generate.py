@@ -12,7 +12,7 @@ from mila_jax.chunks import Chunks, chunks_of
 from mila_jax.decode import decode_frames  # noqa: F401 (a part of this module's interface)
 from mila_jax.errors import UserError
 from mila_jax.flow.plan import RolloutPlan, Windows, plan_rollout
-from mila_jax.flow.rollout import Rollout, Rows, SamplerOptions, State, Tables, collect, make_rows, make_tables, pad_rows, start_state
+from mila_jax.flow.rollout import Rollout, Rows, SamplerOptions, State, Tables, collect, make_rows, make_tables, pad_rows, start_state, unmerge
 from mila_jax.flow.timeshift import shift_ratio
 from mila_jax.model.conditions import Conditions
 from mila_jax.model.weights import SHIPPED, WorldModel
@@ -162,7 +162,7 @@ class Generator:
         job = self.job(start, frames, seed, anchors=anchors)
         capacity = 1 << (job.windows - 1).bit_length()
         _, windows = self._program(*self.arguments(job, 0, job.windows, capacity, self.state(job)))
-        return collect(job.plan, self.layout.fetch(windows)[: job.windows], anchors), job.plan
+        return collect(job.plan, self._fetch(windows, job.windows), anchors), job.plan
 
     def stream(self, job: Job, finished=()):
         """Yields the windows of a job one after the other as they are ready, NumPy [b, v, t, h, w, c]; together the bits of `__call__`.
@@ -182,7 +182,11 @@ class Generator:
                 state, windows = self._program(*self.arguments(job, number, count, size, state))
                 number, pending = number + count, (windows, count)
             if ready is not None:
-                yield from self.layout.fetch(ready[0])[: ready[1]]
+                yield from self._fetch(*ready)
+
+    def _fetch(self, windows, count: int) -> np.ndarray:
+        """The first `count` windows that the program made, [count, b, v, t, h, w, c]."""
+        return unmerge(self.layout.fetch(windows)[:count], self.model.data["latent_shape"])
 
 
 def tokens_of_view(model: WorldModel) -> int:

@@ -115,7 +115,7 @@ class Layout:
 
     @property
     def windows(self) -> NamedSharding:
-        """Of windows `[W, b, v, t, h, w, c]`."""
+        """Of windows `[W, b, v, t, h·w·c]`."""
         return self._named(None, self.batch, None, "frames")
 
     @property
@@ -170,7 +170,7 @@ class RolloutProgram:
         self._after = jax.jit(after_window, in_shardings=(state, whole, whole), out_shardings=state)
 
     def __call__(self, *arguments):
-        """(state, windows `[W, b, v, t, h, w, c]`) of `params, state, rows, tables, shared, key, count`; the state is taken over."""
+        """(state, windows `[W, b, v, t, h·w·c]`, see `flow.rollout.unmerge`) of `params, state, rows, tables, shared, key, count`; the state is taken over."""
         with jax.set_mesh(self.layout.mesh):
             return self.advance(*arguments)
 

@@ -10,7 +10,8 @@ from mila_jax.flow.anchors import renoise
 from mila_jax.flow.plan import STRATEGIES, plan_rollout
 from mila_jax.flow.rectified_flow import align
 from mila_jax.flow.rollout import (
-    SamplerOptions, advance, after_window, collect, make_rows, make_tables, new_frames, pad_rows, rollout, start_state, start_window, window_keys,
+    SamplerOptions, advance, after_window, collect, make_rows, make_tables, new_frames, pad_rows, rollout, start_state, start_window, unmerge,
+    window_keys,
 )  # fmt: skip
 from mila_jax.flow.sampler import noise_like, sample_window
 from tests.flow_oracles import QUICK
@@ -176,21 +177,21 @@ def test_streaming_resuming_and_one_call_give_the_same_bits(strategy, given, str
     rows, tables, key = _rows(plan), make_tables(plan, OPTIONS), jax.random.key(5)
     step = jax.jit(lambda *arguments: advance(_restless, *arguments), donate_argnums=0, compiler_options=QUICK)
     first = _truth(np.arange(1 - given, 1))
-    whole = np.asarray(step(start_state(first, plan), pad_rows(rows, 32), tables, key, plan.windows)[1])
+    whole = unmerge(np.asarray(step(start_state(first, plan), pad_rows(rows, 32), tables, key, plan.windows)[1]), (H, W, C))
     assert not whole[plan.windows:].any()
     for size in (1, 3):
         state, parts = start_state(first, plan), []
         for begin in range(0, plan.windows, size):
             count = min(size, plan.windows - begin)
             state, windows = step(state, pad_rows(jax.tree.map(lambda leaf: leaf[begin:begin + count], rows), size), tables, key, count)
-            parts.append(np.asarray(windows)[:count])
+            parts.append(unmerge(np.asarray(windows)[:count], (H, W, C)))
         assert np.array_equal(np.concatenate(parts), whole[:plan.windows])
     state = start_state(first, plan)
     for number in range(5):
         state = after_window(state, _row(rows, number), whole[number])
     for number in range(5, plan.windows):
         state, window = step(state, jax.tree.map(lambda leaf: leaf[number:number + 1], rows), tables, key, 1)
-        assert np.array_equal(window[0], whole[number])
+        assert np.array_equal(unmerge(window, (H, W, C))[0], whole[number])
     video = collect(plan, whole[:plan.windows])
     streamed = np.concatenate([new_frames(plan, kind, window) for kind, window in zip(rows.kind, whole)], axis=2)
     assert np.array_equal(streamed[:, :, :40], video.latents)

@@ -10,6 +10,7 @@ Noise of a window derives from (key, stage, window number, sample), nothing else
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -228,26 +229,31 @@ def after_window(state: State, row: Rows, window) -> State:
 
 
 def advance(velocity: Callable, state: State, rows: Rows, tables: Tables, key, count):
-    """The first `count` (int or traced) of `rows` windows: (state, windows `[W, B, V, T, h, w, c]`); those not run are zeros.
+    """The first `count` (int or traced) of `rows` windows: (state, windows `[W, B, V, T, h·w·c]`, see `unmerge`); those not run are zeros.
 
     A loop over windows around a scan over steps; jit-able with `velocity` closed over and `state` donated. `key`: one key, or one per
-    sample `[B]`.
+    sample `[B]`. A latent's axes are merged in what the loop fills: a last axis of a few channels would be held by a TPU as one of 128.
     """
     batch, views, _, *grid = state.context.shape
     keys = sample_keys(key, batch)
     capacity, frames = np.shape(rows.kind)[0], np.shape(tables.keep)[1]
     rows, tables = jax.tree.map(jnp.asarray, (rows, tables))
-    windows = jnp.zeros((capacity, batch, views, frames, *grid), state.context.dtype)
+    windows = jnp.zeros((capacity, batch, views, frames, math.prod(grid)), state.context.dtype)
 
     def body(number, carry):
         state, windows = carry
         row = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), rows)
         x = start_window(state, row, tables, jax.vmap(jax.random.fold_in, (0, None))(keys, row.part))
         x = sample_window(velocity, x, tables.levels[row.kind], row.conditions)
-        return after_window(state, row, x), jax.lax.dynamic_update_index_in_dim(windows, x, number, 0)
+        return after_window(state, row, x), jax.lax.dynamic_update_index_in_dim(windows, x.reshape(windows.shape[1:]), number, 0)
 
     # With a trip count that the compiler knows, a loop of one window would be inlined, and its sums could round otherwise.
     return jax.lax.fori_loop(0, jnp.asarray(count, jnp.int32), body, (state, windows))
+
+
+def unmerge(windows, grid):
+    """Windows `[W, B, V, T, h·w·c]` that `advance` filled (NumPy or JAX), for grid = (h, w, c) → `[W, B, V, T, h, w, c]`."""
+    return windows.reshape(*windows.shape[:4], *grid)
 
 
 def new_frames(plan: RolloutPlan, kind: int, window):
@@ -300,7 +306,7 @@ def rollout(velocity: Callable, first_frames, plan: RolloutPlan, coarse_conditio
     check_conditions(plan, conditions, first_frames.shape[0], skip_coarse=skip)
     rows = make_rows(plan, conditions, skip_coarse=skip)
     _, windows = advance(velocity, state, rows, make_tables(plan, options), key, len(rows.kind))
-    return collect(plan, windows, anchors)
+    return collect(plan, unmerge(windows, first_frames.shape[3:]), anchors)
 
 
 def check_conditions(plan: RolloutPlan, conditions: dict, batch: int, *, skip_coarse: bool = False) -> None:
