@@ -14,7 +14,8 @@ from mila_jax.model.layers import rotation_matrix
 
 
 class Corridor(NamedTuple):
-    """wall: metres from the car's path to the walls; dome: metres, its radius; moves: speed of all of it, in the car's own: 1 drives along, -1 comes towards."""
+    """wall: metres from the car's path to the walls; dome: metres, its radius; moves: speed of all of it, in the car's own (1 drives along, -1 comes
+    towards)."""
 
     wall: float
     dome: float
@@ -29,7 +30,8 @@ class Corridor(NamedTuple):
 # away, not 20, and where the carried frames of one guess agree with each other the network can tell that it is the right one. The last two are
 # of traffic: beside or ahead of us in our direction, and oncoming.
 CORRIDORS = (
-    Corridor(20.0, 60.0), Corridor(4.5, 60.0), Corridor(9.0, 60.0), Corridor(40.0, 200.0), Corridor(4.5, 60.0, moves=1.0), Corridor(4.5, 60.0, moves=-1.0),
+    Corridor(20.0, 60.0), Corridor(4.5, 60.0), Corridor(9.0, 60.0), Corridor(40.0, 200.0),
+    Corridor(4.5, 60.0, moves=1.0), Corridor(4.5, 60.0, moves=-1.0),
 )  # fmt: skip
 
 
@@ -119,7 +121,7 @@ def find_places(waypoints, intrinsics, extrinsics, height: int, width: int, corr
 
 
 def take(latents, places: Places):
-    """Latents [b, v, t, h, w, c] of each frame j at the places of each frame i: [b, v, t (i), t (j), h, w, c]; where i = j, the latents themselves."""
+    """Latents [b, v, t, h, w, c] of each frame j at the places of each frame i: [b, v, t (i), t (j), h, w, c]; for i = j, the latents themselves."""
     t, h, w, c = latents.shape[2:]
     table = latents.reshape(-1, c)  # one flat table of rows of c numbers, and four neighbours a point
     right, below = min(1, w - 1), min(1, h - 1) * w

@@ -29,7 +29,8 @@ def dit_config(model, latent_channels: int, image_size, text_width: int, text_le
         in_channels=latent_channels * (1 if model.precondition == "none" else 2 + sweep), out_channels=latent_channels,
         text_width=text_width, text_length=text_length, mlp_ratio=model.mlp_ratio, image_size=tuple(image_size),
         input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
-        fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), mixture=model.precondition == "mixture", dtype=model.dtype, remat=model.remat,
+        fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), mixture=model.precondition == "mixture",
+        dtype=model.dtype, remat=model.remat,
         attention_kernel=(attention or {}).get("kernel", "xla"), temporal_kernel=(attention or {}).get("temporal", "xla"),
         text_kernel=(attention or {}).get("text", "xla"),
     )  # fmt: skip

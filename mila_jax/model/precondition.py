@@ -139,8 +139,9 @@ def preconditioned(network, prior: Prior, sweep: int = 0):
         for corridor in CORRIDORS[:sweep]:
             guess = carried if corridor == CORRIDORS[0] else carry(y, *places, corridor)
             # What moves with the car is near it whatever the way: its frames are as alike as those of a standing car.
-            gains = others_gain(levels, covariance(conditions.frame_times, corridor.way(conditions.waypoints), prior.weights)) if corridor.moves else gain
-            seen.append(jax.lax.stop_gradient(jnp.einsum("bvcij,bvijhwc->bvihwc", gains, guess)))
+            near = covariance(conditions.frame_times, corridor.way(conditions.waypoints), prior.weights) if corridor.moves else k
+            own = others_gain(levels, near) if corridor.moves else gain
+            seen.append(jax.lax.stop_gradient(jnp.einsum("bvcij,bvijhwc->bvihwc", own, guess)))
         f = network(jnp.concatenate(seen, -1), levels, conditions)
         return (v + std[:, :, :, None, None] * f) @ basis.T
 
