@@ -43,16 +43,22 @@ class Network:
             raise ValueError(f"expected uint8 [n{', t' * self.clips}, H, W, 3], n > 0; got {frames.dtype} {frames.shape}")
         if self.clips and frames.shape[1] < i3d.LEAST_FRAMES:
             raise UserError(f"{self.score} needs clips of at least {i3d.LEAST_FRAMES} frames, these have {frames.shape[1]}; score longer ones")
-        devices = jax.local_devices()
-        chunk = -(-self.chunk // len(devices)) * len(devices)
-        mesh = jax.make_mesh((len(devices),), ("images",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-        split = jax.sharding.NamedSharding(mesh, jax.P("images"))
-        found = []
-        for start in range(0, len(frames), chunk):
-            part = frames[start : start + chunk]
-            filled = np.concatenate([part, np.repeat(part[-1:], chunk - len(part), 0)])
-            found.append(np.asarray(self.function(jax.device_put(filled, split)))[: len(part)])
-        return np.concatenate(found)
+        return in_chunks(self.function, self.chunk, frames)
+
+
+def in_chunks(function: Callable, chunk: int, *arrays) -> np.ndarray:
+    """`function` of arrays [n, …], n > 0, so many rows at a time, rows split over this host's devices; the last chunk is filled up."""
+    devices = jax.local_devices()
+    chunk = -(-chunk // len(devices)) * len(devices)
+    mesh = jax.make_mesh((len(devices),), ("images",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    split = jax.sharding.NamedSharding(mesh, jax.P("images"))
+    found = []
+    for start in range(0, len(arrays[0]), chunk):
+        parts = [array[start : start + chunk] for array in arrays]
+        count = len(parts[0])
+        filled = (np.concatenate([part, np.repeat(part[-1:], chunk - count, 0)]) for part in parts)
+        found.append(np.asarray(function(*(jax.device_put(part, split) for part in filled)))[:count])
+    return np.concatenate(found)
 
 
 def open_network(name: str, path=None, *, method: str = "tf1", size: int = 224, chunk: int | None = None) -> Network:
