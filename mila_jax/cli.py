@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--lpips", action="store_true", help="LPIPS of generated against recorded frames; without --preset, of the autoencoder")
     evaluate.add_argument("--dino", metavar="FILE", help="with --preset: DINO ViT-B/16's weights, for VBench's subject consistency")
     evaluate.add_argument("--clip", metavar="FILE", help="with --preset: CLIP ViT-B/32's weights, for VBench's background consistency")
+    evaluate.add_argument("--amt", metavar="FILE", help="with --preset: AMT-S's weights (amt-s.pth), for VBench's motion smoothness")
     export = command("export", "generated videos as a nuScenes data set, or as the folder that ACT-Bench scores")
     export.add_argument("videos", nargs="+", metavar="DIR", help="folders that mila generate made")
     export.add_argument("--format", required=True, metavar="F", help="nuscenes or act-bench")
@@ -172,12 +173,12 @@ def _run(options, config) -> int:
 
         if not options.out:
             raise UserError("--out is not set; mila evaluate --preset wants a folder for scores and report")
-        chosen = {key: getattr(options, key) for key in ("windows", "motion", "lpips", "dino", "clip")}
+        chosen = {key: getattr(options, key) for key in ("windows", "motion", "lpips", "dino", "clip", "amt")}
         print(preset_command(config, options.preset, options.out, networks=options.network, limit=options.clips or 0, progress=progress, **chosen))
     elif options.command == "evaluate":
         from mila_jax.scores import evaluate_command
 
-        for key in ("network", "windows", "motion", "dino", "clip"):
+        for key in ("network", "windows", "motion", "dino", "clip", "amt"):
             if getattr(options, key):
                 raise UserError(f"--{key} goes with --preset=NAME (mila clips lists them)")
         clips = 4 if options.clips is None else options.clips

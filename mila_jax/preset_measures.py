@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 
 from mila_jax.errors import UserError
-from mila_jax.evaluate import egomotion
+from mila_jax.evaluate import amt, egomotion
 from mila_jax.evaluate.consistency import overlaps, view_agreement
 from mila_jax.evaluate.drift import movements
 from mila_jax.evaluate.lpips import Lpips
 from mila_jax.evaluate.quality import temporal_flickering
-from mila_jax.evaluate.vbench import consistency
+from mila_jax.evaluate.vbench import consistency, motion_smoothness
 from mila_jax.evaluate.vit import CLIP, DINO, open_vit
 from mila_jax.views import VIEWS, view_index
 
@@ -63,11 +63,14 @@ class Measure:
     views: tuple[str, ...] = ("multi", "front")
 
 
-def open_measures(preset, *, motion: str | None = None, lpips: bool = False, dino=None, clip=None) -> tuple[list[Measure], dict[str, str]]:
+def open_measures(
+    preset, *, motion: str | None = None, lpips: bool = False, dino=None, clip=None, amt_s=None, image_size=None,
+) -> tuple[list[Measure], dict[str, str]]:  # fmt: skip
     """The measures of a preset, and those that are left out with the reason.
 
-    motion: `front` or `all` cameras to read the car's motion from, None: not read; dino, clip: weight files of VBench's networks. Raises `UserError`
-    for an unknown `motion`, LPIPS weights that are not installed, and wrong weight files.
+    motion: `front` or `all` cameras to read the car's motion from, None: not read; dino, clip, amt_s: weight files of VBench's networks;
+    image_size: (height, width) of the pictures, where it is known. Raises `UserError` for an unknown `motion`, LPIPS weights that are not installed,
+    wrong weight files, and pictures that are too small for AMT-S.
     """
     six, left_out = preset.views == "six", {}
     flicker = per_view("temporal flickering", temporal_flickering, preset.fvd_from, six)
@@ -79,7 +82,10 @@ def open_measures(preset, *, motion: str | None = None, lpips: bool = False, din
         network = open_vit(path, spec)
         function = functools.partial(lambda network, frames: consistency(network(frames)), network)
         measures.append(per_view(score, function, preset.fvd_from, six, network.name, network.sha256, network.preprocessing))
-    left_out["motion smoothness"] = "its network, AMT-S, is not part of this package"
+    if amt_s is None:
+        left_out["motion smoothness"] = f"needs the weights of {amt.NAME} (--amt=FILE)"
+    else:
+        measures.append(smoothness(preset.fvd_from, six, amt_s, image_size))
     if six:
         measures.append(agreement(preset.conditioning))
     if motion is not None:
@@ -107,21 +113,37 @@ def _stack(found: Sequence[dict], key: str) -> np.ndarray:
 
 
 def per_view(
-    score: str, function: Callable, first: int, six: bool, network="no network", sha256="", preprocessing="pictures at their own size",
+    score: str, function: Callable, first: int, six: bool, network="no network", sha256="", preprocessing="pictures at their own size", still=None,
 ) -> Measure:  # fmt: skip
     """One of VBench's dimensions: `function(frames uint8 [t, H, W, 3])` of each view is one video's score; the mean over videos is told.
 
-    A still picture has 1 in all of these, so the recorded value is what to come near to.
+    A still picture has 1 in all of these, or what `still(frame uint8 [H, W, 3])` says, so the recorded value is what to come near to.
     """
 
     def of(video):
-        return {kind: np.array([function(frames[v, first:]) for v in _shown(six)]) for kind, frames in (("fake", video.fake), ("real", video.real))}
+        found = {kind: np.array([function(frames[v, first:]) for v in _shown(six)]) for kind, frames in (("fake", video.fake), ("real", video.real))}
+        return found | ({"still": np.array([still(video.real[v, first]) for v in _shown(six)])} if still else {})
 
     def rows(found, view):
-        fake, real = (float(_of_view(_stack(found, kind), view, six).mean()) for kind in ("fake", "real"))
-        return [{"score": score, "generated": fake, "recorded": real, "still": 1.0, "better": RECORDED}]
+        mean = {kind: float(_of_view(_stack(found, kind), view, six).mean()) for kind in ("fake", "real", *(("still",) if still else ()))}
+        return [{"score": score, "generated": mean["fake"], "recorded": mean["real"], "still": mean.get("still", 1.0), "better": RECORDED}]
 
     return Measure(score, of, rows, first, network, sha256, preprocessing)
+
+
+def smoothness(first: int, six: bool, path, image_size=None) -> Measure:
+    """VBench's motion smoothness. A still picture comes out of the network nearly, not wholly, as it went in: its score is computed, too."""
+    if image_size is not None:
+        amt.check_size(*image_size)
+    network = amt.Interpolator(path)
+
+    def score(frames):
+        return motion_smoothness(frames, network)
+
+    def still(frame):
+        return score(np.stack([frame] * 3))
+
+    return per_view("motion smoothness", score, first, six, network.name, network.sha256, network.preprocessing, still)
 
 
 def agreement(first: int) -> Measure:

@@ -233,13 +233,13 @@ class PresetBench:
 
 def preset_command(
     config, name: str, out, *, networks=None, limit: int = 0, windows: str | None = None, motion: str | None = None, lpips: bool = False,
-    dino=None, clip=None, progress: bool = True,
+    dino=None, clip=None, amt=None, progress: bool = True,
 ) -> pathlib.Path:  # fmt: skip
     """`mila evaluate --preset=NAME`: writes scores.json and report.html to `out`; returns the path of the report.
 
     networks: see `parse_networks`. limit: so many clips, evenly out of the list, instead of all (the card tells). windows: seconds after the last
-    given frame (`protocol.parse_windows`) that are scored by themselves, too. motion, lpips, dino, clip: see `open_measures`. Raises `UserError` for a
-    data set without clips of the preset, and before anything is generated for windows, networks and weight files that do not fit.
+    given frame (`protocol.parse_windows`) that are scored by themselves, too. motion, lpips, dino, clip, amt: see `open_measures`. Raises `UserError`
+    for a data set without clips of the preset, and before anything is generated for windows, networks and weight files that do not fit.
     """
     if config.data.dir is None:
         raise UserError("data.dir is not set; give --config.data.dir=FOLDER of an encoded data set")
@@ -252,7 +252,7 @@ def preset_command(
             raise UserError(f"--clips={limit} must be at least 2 with --preset")
         clips = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, min(limit, len(clips))).astype(int))]
     seconds = protocol.parse_windows(windows) if windows else []
-    measures, left_out = open_measures(preset, motion=motion, lpips=lpips, dino=dino, clip=clip)
+    measures, left_out = open_measures(preset, motion=motion, lpips=lpips, dino=dino, clip=clip, amt_s=amt, image_size=config.data.image_size)
     out = writable_folder(out)
     (out / "clips").mkdir(exist_ok=True)
     bench = PresetBench(config, preset, parse_networks(networks, preset), out / "clips", measures, seconds)

@@ -239,21 +239,27 @@ def _params(path, flat) -> dict[str, np.ndarray]:
 
 
 @jax.jit
-def interpolate(params, first, second):
-    """uint8 [n, H, W, 3] halfway between frames uint8 [n, H, W, 3], in full float32."""
+def forward(params, first, second):
+    """float32 [n, H, W, 3] in 0..1 halfway between frames uint8 [n, H, W, 3], in full float32."""
     height, width = first.shape[1:3]
     sides = [((-length % MULTIPLE) // 2, -length % MULTIPLE - (-length % MULTIPLE) // 2) for length in (height, width)]
     first, second = (jnp.pad(x.astype(jnp.float32) / 255, ((0, 0), *sides, (0, 0)), mode="edge") for x in (first, second))
     with jax.default_matmul_precision("highest"):
         x = build(lambda name, _: params[name], first, second)
     (top, _), (left, _) = sides
-    return (x[:, top : top + height, left : left + width] * 255).astype(jnp.uint8)
+    return x[:, top : top + height, left : left + width]
+
+
+@jax.jit
+def _rounded(x):
+    """0..1 → uint8, rounded down as in the original."""
+    return (x * 255).astype(jnp.uint8)
 
 
 def check_size(height: int, width: int) -> None:
     """Raises `UserError` for pictures that are too small for the network's correlations."""
     if min(height, width) < SMALLEST:
-        raise UserError(f"motion smoothness ({NAME}) needs pictures of at least {SMALLEST} pixels a side, these have {height}×{width}; leave --amt out")
+        raise UserError(f"motion smoothness needs pictures of at least {SMALLEST} pixels a side, these have {height}×{width}; leave --amt out")
 
 
 class Interpolator:
@@ -266,11 +272,13 @@ class Interpolator:
 
     def __init__(self, path, chunk: int = 4):
         flat, _, self.sha256 = read_tensors(path)
-        self.chunk, self._function = chunk, functools.partial(interpolate, _params(path, flat))
+        self.chunk, self._params = chunk, _params(path, flat)
 
     def __call__(self, first, second) -> np.ndarray:
         first, second = np.asarray(first), np.asarray(second)
-        if first.shape != second.shape or first.ndim != 4 or first.shape[-1] != 3 or not len(first) or {first.dtype, second.dtype} != {np.dtype(np.uint8)}:
-            raise ValueError(f"expected two uint8 arrays [n, H, W, 3] of one shape, n > 0; got {first.dtype} {first.shape} and {second.dtype} {second.shape}")
+        fits = first.shape == second.shape and first.ndim == 4 and first.shape[-1] == 3 and len(first) > 0
+        if not fits or {first.dtype, second.dtype} != {np.dtype(np.uint8)}:
+            got = f"{first.dtype} {first.shape} and {second.dtype} {second.shape}"
+            raise ValueError(f"expected two uint8 arrays [n, H, W, 3] of one shape, n > 0; got {got}")
         check_size(*first.shape[1:3])
-        return in_chunks(self._function, self.chunk, first, second)
+        return in_chunks(lambda a, b: _rounded(forward(self._params, a, b)), self.chunk, first, second)
