@@ -46,7 +46,8 @@ def get_config() -> ConfigDict:
     c.autoencoder.temporal_path = placeholder(str)  # its weights; none: in the file of autoencoder.path (Open-Sora's whole VAE)
 
     c.text = ConfigDict()
-    c.text.encoder = "auto"  # minilm | table | t5 | auto (minilm if its weights are installed)
+    # minilm | table | t5 (captions cleaned as by Open-Sora 1.2) | t5-raw (as they are) | auto (minilm if its weights are installed)
+    c.text.encoder = "auto"
     c.text.length = 32  # tokens (T5: 300 as published; fewer change nothing where texts are shorter)
     c.text.path = placeholder(str)  # of t5: a folder, .safetensors or gs:// address of T5 v1.1's encoder
     c.text.tokenizer = placeholder(str)  # of t5: spiece.model or tokenizer.json; none: beside the weights

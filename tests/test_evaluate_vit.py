@@ -160,6 +160,72 @@ def test_equals_pytorch_from_pictures_to_the_score(tmp_path, spec, size):
         assert vbench.consistency(ours) == pytest.approx(float(theirs["consistency"]), abs=1e-5)
 
 
+# A module with the names of CLIP's, saved as OpenAI's ViT-B-32.pt is: a TorchScript archive in float16 with both towers in it.
+ARCHIVE = """
+import collections, sys, numpy as np, torch
+from torch import nn
+z = {k: torch.from_numpy(v) for k, v in np.load(sys.argv[1]).items()}
+width, depth, heads, out, x = 48, 2, 3, 20, z.pop("x")
+class QuickGELU(nn.Module):
+    def forward(self, x): return x * torch.sigmoid(1.702 * x)
+class ResidualAttentionBlock(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.attn, self.ln_1, self.ln_2 = nn.MultiheadAttention(d, heads), nn.LayerNorm(d), nn.LayerNorm(d)
+        self.mlp = nn.Sequential(collections.OrderedDict(c_fc=nn.Linear(d, 4 * d), gelu=QuickGELU(), c_proj=nn.Linear(4 * d, d)))
+    def forward(self, x):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+class Transformer(nn.Module):
+    def __init__(self, d, depth):
+        super().__init__()
+        self.resblocks = nn.Sequential(*(ResidualAttentionBlock(d) for _ in range(depth)))
+    def forward(self, x): return self.resblocks(x)
+class VisionTransformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 32, 32, bias=False)
+        self.class_embedding, self.positional_embedding = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(50, width))
+        self.ln_pre, self.transformer, self.ln_post = nn.LayerNorm(width), Transformer(width, depth), nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, out))
+    def forward(self, x):
+        x = self.conv1(x).flatten(2).permute(0, 2, 1)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, width), x], 1) + self.positional_embedding
+        x = self.transformer(self.ln_pre(x).permute(1, 0, 2)).permute(1, 0, 2)
+        return self.ln_post(x[:, 0]) @ self.proj
+class CLIP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.visual, self.transformer, self.token_embedding = VisionTransformer(), Transformer(24, 1), nn.Embedding(7, 24)
+        self.positional_embedding, self.text_projection = nn.Parameter(torch.randn(5, 24)), nn.Parameter(torch.randn(24, out))
+        self.ln_final, self.logit_scale = nn.LayerNorm(24), nn.Parameter(torch.tensor(2.6))
+        for name, value in (("input_resolution", 224), ("context_length", 77), ("vocab_size", 7)): self.register_buffer(name, torch.tensor(value))
+    def forward(self, image, text):
+        a = self.visual(image)
+        y = self.transformer(self.token_embedding(text) + self.positional_embedding)
+        return self.logit_scale.exp() * a @ (self.ln_final(y[:, 0]) @ self.text_projection).T
+model = CLIP().eval()
+lost = model.load_state_dict(z, strict=False)
+assert not lost.unexpected_keys and not any(k.startswith("visual.") for k in lost.missing_keys)
+torch.jit.save(torch.jit.trace(model, (x, torch.zeros(1, 5, dtype=torch.long))).half(), sys.argv[3])
+half = torch.jit.load(sys.argv[3]).float()
+np.savez(sys.argv[2], features=half.visual(x).detach().numpy())
+"""
+
+
+@pytest.mark.skipif(not TORCH, reason="set MILA_TORCH_PYTHON to a Python that has torch")
+def test_reads_a_torchscript_archive_as_openai_publishes(tmp_path):
+    pictures = np.random.default_rng(4).integers(0, 256, (2, 64, 112, 3)).astype(np.uint8)
+    prepared = np.asarray(vit.preprocess(pictures, CLIP)).transpose(0, 3, 1, 2)
+    np.savez(tmp_path / "in.npz", x=prepared, **_weights(CLIP))
+    archive = tmp_path / "ViT-B-32.pt"
+    subprocess.run([TORCH, "-W", "ignore", "-c", ARCHIVE, str(tmp_path / "in.npz"), str(tmp_path / "out.npz"), str(archive)], check=True, timeout=300)
+    ours = vit.open_vit(archive, CLIP, chunk=2)(pictures)
+    with np.load(tmp_path / "out.npz") as theirs:
+        np.testing.assert_allclose(ours, theirs["features"], rtol=0, atol=1e-3 * theirs["features"].std())
+
+
 def test_sizes_of_the_published_networks():
     for spec, tokens in ((vit.DINO, 197), (vit.CLIP, 50)):
         assert 1 + spec.grid**2 == tokens and spec.grid * spec.patch == vit.SIZE

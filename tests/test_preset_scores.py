@@ -176,7 +176,7 @@ def test_following_and_agreement_stand_beside_the_recorded_videos(trained, tmp_p
 
 
 def test_measures_of_networks_tell_the_recorded_value(trained, tmp_path, monkeypatch):
-    """Networks in miniature: DINO and CLIP by mean colours, LPIPS by the mean difference."""
+    """Networks in miniature: DINO and CLIP by mean colours, AMT-S by a mean, LPIPS by the mean difference."""
     def open_vit(path, spec):
         return Network(spec.name, spec.name, path * 64, "none", False, _pictures, 16)
 
@@ -187,17 +187,31 @@ def test_measures_of_networks_tell_the_recorded_value(trained, tmp_path, monkeyp
             assert a.shape == b.shape and a.ndim == 4
             return np.abs(a.astype(float) - b).mean((1, 2, 3))
 
+    class Interpolator:
+        name, preprocessing = "AMT-S", "none"
+
+        def __init__(self, path):
+            self.sha256 = path * 64
+
+        def __call__(self, first, second):
+            return ((first.astype(int) + second + 3) // 2).astype(np.uint8)  # a still picture comes out one brighter
+
     monkeypatch.setattr(preset_measures, "open_vit", open_vit)
+    monkeypatch.setattr(preset_measures.amt, "Interpolator", Interpolator)
+    monkeypatch.setattr(preset_measures.amt, "SMALLEST", 1)
     monkeypatch.setattr(preset_measures, "Lpips", Lpips)
-    preset_scores.preset_command(trained, "short", tmp_path / "a", limit=2, dino="d", clip="e", lpips=True, progress=False)
+    preset_scores.preset_command(trained, "short", tmp_path / "a", limit=2, dino="d", clip="e", amt="f", lpips=True, progress=False)
     record = json.loads((tmp_path / "a" / "scores.json").read_text())
     rows = {(r["card"]["score"], r["card"]["views"]): r for r in record["measures"]}
     for score, sha in (("subject consistency", "d" * 64), ("background consistency", "e" * 64)):
         assert rows[score, "front"]["card"]["network_sha256"] == sha and 0 < rows[score, "multi"]["recorded"] <= 1
         assert rows[score, "multi"]["still"] == 1
+    smooth = rows["motion smoothness", "multi"]
+    assert smooth["card"]["network_sha256"] == "f" * 64 and smooth["still"] == pytest.approx(254 / 255, abs=1e-6)
+    assert 0.5 < smooth["generated"] < 1 and 0.5 < smooth["recorded"] < 1 and ("motion smoothness", "front") in rows
     assert rows["LPIPS", "front"]["generated"] > 0 and rows["LPIPS", "front"]["last given frame standing still"] > 0
     assert "first is better" not in preset_report.report_command(tmp_path / "a", tmp_path / "a")
-    assert set(record["left_out"]) == {"motion smoothness", "trajectory following"}
+    assert set(record["left_out"]) == {"trajectory following"}
 
 
 def test_lpips_of_the_autoencoder_beside_its_psnr(trained, tmp_path, monkeypatch):
@@ -252,7 +266,9 @@ def test_mistakes_end_in_one_line(trained, tmp_path, capsys, monkeypatch):
         preset_scores.preset_command(trained, "short", tmp_path / "y", lpips=True, progress=False)
     with pytest.raises(UserError, match="nothing.pth does not exist"):
         preset_scores.preset_command(trained, "short", tmp_path / "y", dino=f"{tmp_path}/nothing.pth", progress=False)
-    for argument in ("--windows=0-1", "--motion", "--dino=x"):
+    with pytest.raises(UserError, match="at least 49 pixels a side, these have 32×48"):
+        preset_scores.preset_command(trained, "short", tmp_path / "y", amt=f"{tmp_path}/nothing.pth", progress=False)
+    for argument in ("--windows=0-1", "--motion", "--dino=x", "--amt=x"):
         assert main(["evaluate", "--config=configs/tiny.py", f"--config.data.dir={trained.data.dir}", argument]) == 2
         assert "goes with --preset" in capsys.readouterr().err
     (tmp_path / "z").mkdir()

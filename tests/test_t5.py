@@ -2,6 +2,8 @@
 
 import importlib.util
 import io
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -38,12 +40,27 @@ def test_sizes_are_read_from_the_tensors(tensors):
 
 
 def test_tokens_and_padding(folder):
-    encoder = make_text_encoder("t5", 6, folder)
+    encoder = make_text_encoder("t5-raw", 6, folder)
     tokens, mask = encoder.encode(["rain", "turn left rain turn left rain turn"])
     assert tokens.shape == (2, 6, 16) and tokens.dtype == np.float16 and mask.sum(1).tolist() == [2, 6]
-    assert not tokens[0, 2:].any() and len(encoder.sha256) == 64
-    longer, _ = T5(folder / "model.safetensors", folder / "tokenizer.json", 12).encode(["rain"])
+    assert not tokens[0, 2:].any() and len(encoder.sha256) == 64 and encoder.name == "t5-raw"
+    longer, _ = T5(folder / "model.safetensors", folder / "tokenizer.json", 12, clean=False).encode(["rain"])
     np.testing.assert_allclose(longer[0, :2], tokens[0, :2], atol=2e-3)
+
+
+def test_texts_are_cleaned_before_the_tokens(folder):
+    pytest.importorskip("ftfy", reason="ftfy is not installed")
+    pytest.importorskip("bs4", reason="beautifulsoup4 is not installed")
+    cleaned, raw = make_text_encoder("t5", 6, folder), make_text_encoder("t5-raw", 6, folder)
+    np.testing.assert_array_equal(cleaned.encode(["<b>Turn</b> LEFT #12"])[0], raw.encode(["turn left"])[0])
+    assert cleaned.name == "t5" and raw.encode(["<b>Turn</b> LEFT #12"])[1].sum() > raw.encode(["turn left"])[1].sum()
+
+
+def test_missing_libraries_are_told_before_weights_are_read(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    monkeypatch.setitem(sys.modules, "bs4", types.ModuleType("bs4"))
+    with pytest.raises(UserError, match=r"ftfy is not installed.* pip install 'mila_jax\[t5\]'.* text.encoder=t5-raw"):
+        make_text_encoder("t5", 6, folder / "nowhere")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None, reason="transformers is not installed")
@@ -96,7 +113,7 @@ def test_a_sentencepiece_model(spiece, tmp_path, tensors):
     assert ids[4] == open_tokenizer(spiece)(["two spaces and a tab"])[0]
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "spiece.model").write_bytes(spiece.read_bytes())
-    encoder = make_text_encoder("t5", 4, tmp_path)
+    encoder = make_text_encoder("t5-raw", 4, tmp_path)
     tokens, mask = encoder.encode(TEXTS)
     assert mask.sum(1).tolist() == [min(len(row), 4) for row in ids] and not tokens[~mask].any()
     cut = next(i for i, row in enumerate(ids) if len(row) > 4)
@@ -141,12 +158,12 @@ def test_wrong_weights_are_named(tensors, folder):
         with pytest.raises(UserError, match=message):
             check_tensors(broken, CONFIG)
     with pytest.raises(UserError, match="text.path is not set"):
-        make_text_encoder("t5", 8)
+        make_text_encoder("t5-raw", 8)
     with pytest.raises(UserError, match="holds no weights"):
-        T5(folder / "nowhere")
+        T5(folder / "nowhere", clean=False)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="set text.tokenizer"):
-        T5(folder)
+        T5(folder, clean=False)
     (folder / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="broken or not safetensors"):
-        T5(folder)
+        T5(folder, clean=False)

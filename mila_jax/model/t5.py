@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mila_jax.errors import UserError
+from mila_jax.model.captions import check_libraries, clean_caption
 from mila_jax.model.weight_files import local_file, read_tensors
 
 MAX_DISTANCE = 128  # of relative positions that have a bucket of their own; the same in every published model
@@ -157,18 +158,22 @@ def check_ends(path, pad: int | None, end: int | None) -> None:
 
 
 class T5:
-    """A text encoder (see `mila_jax.model.text.TextEncoder`); tokens come as float16, since 4096 channels are many."""
+    """A text encoder (see `mila_jax.model.text.TextEncoder`); tokens come as float16, since 4096 channels are many.
 
-    name = "t5"
+    Its name is t5 where texts are cleaned before (`captions.clean_caption`, as Open-Sora 1.2 does with prompts), else t5-raw.
+    """
 
-    def __init__(self, path, tokenizer=None, length: int = 300, dtype=None):
+    def __init__(self, path, tokenizer=None, length: int = 300, dtype=None, clean: bool = True):
         """path: weights (a file, a folder, an address); tokenizer: spiece.model or tokenizer.json, default beside the weights.
 
-        dtype: of the computation; float32 on CPUs, bfloat16 elsewhere. Weights are split over this host's devices.
-        Raises `UserError` naming the file or the tensor.
+        dtype: of the computation; float32 on CPUs, bfloat16 elsewhere. Weights are split over this host's devices. clean: texts first.
+        Raises `UserError` naming the file, the tensor, or the library for cleaning that is not installed.
         """
         if length < 2:
             raise UserError(f"text length {length} has no room for a token and its end; change text.length")
+        self.name, self._clean = ("t5", clean_caption) if clean else ("t5-raw", str)
+        if clean:
+            check_libraries()
         tensors, _, self.sha256 = read_tensors(path)
         config = infer_t5_config(tensors)
         check_tensors(tensors, config)
@@ -192,7 +197,7 @@ class T5:
         """
         mask = np.zeros((len(texts), self.length), bool)
         out = np.zeros((len(texts), self.length, self.width), np.float16)
-        for row, ids in enumerate(self._tokenize(texts)):
+        for row, ids in enumerate(self._tokenize([self._clean(text) for text in texts])):
             ids = ids[: self.length - 1] + [END] if len(ids) > self.length else ids
             if max(ids) >= self._config.vocabulary:
                 raise UserError(f"token {max(ids)} of {texts[row]!r} is beyond T5's {self._config.vocabulary} words; text.tokenizer is another model's")

@@ -144,7 +144,7 @@ def minilm_folder() -> Path:
 
 
 def make_text_encoder(name: str = "auto", length: int = 32, path=None, tokenizer=None) -> TextEncoder:
-    """The encoder called "minilm", "table" or "t5"; "auto" is MiniLM when installed, else the table.
+    """The encoder called "minilm", "table", "t5" or "t5-raw" (T5 without cleaning of captions); "auto" is MiniLM when installed, else the table.
 
     path, tokenizer: files of T5 (mila_jax/model/t5.py). UserError on an unknown name, and when what is asked for is not there.
     """
@@ -154,12 +154,12 @@ def make_text_encoder(name: str = "auto", length: int = 32, path=None, tokenizer
         except UserError:
             return WordTable(length)
         return MiniLM(length)
-    if name == "t5":
+    if name in ("t5", "t5-raw"):
         from mila_jax.model.t5 import T5
 
         if path is None:
             raise UserError("text.path is not set: give the file or folder of T5 v1.1's encoder (--config.text.path=…)")
-        return T5(path, tokenizer, length)
+        return T5(path, tokenizer, length, clean=name == "t5")
     if name not in ("minilm", "table"):
-        raise UserError(f"unknown text encoder {name!r}; choose minilm, table, t5 or auto (text.encoder)")
+        raise UserError(f"unknown text encoder {name!r}; choose minilm, table, t5, t5-raw or auto (text.encoder)")
     return MiniLM(length) if name == "minilm" else WordTable(length)
