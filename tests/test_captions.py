@@ -40,7 +40,10 @@ TABLE = (
     ("&amp;lt;i&amp;gt;deep&amp;lt;/i&amp;gt; &#39;x&#39;", "lt;i gt;deep lt; i gt; 'x"),
     ("speed: 50km/h; ETA 12:30pm, v2x b2b2c", "speed: 50km h; eta 12:30pm"),
     ("co.uk test.com@host it.it", "co. uk test. com"),
-    ("Turn left, cross the intersection, parked cars, peds crossing (2), arrive at 5.30.", "turn left, cross the intersection, parked cars, peds crossing 2 , arrive at 5.30."),
+    (
+        "Turn left, cross the intersection, parked cars, peds crossing (2), arrive at 5.30.",
+        "turn left, cross the intersection, parked cars, peds crossing 2 , arrive at 5.30.",
+    ),
 )
 
 

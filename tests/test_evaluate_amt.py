@@ -19,7 +19,8 @@ def _weights(seed=0) -> dict:
             scale = np.sqrt(1 / np.prod(shape[1:])) * (3 if ".convblock.2." in name else 1)  # flows of about a pixel
             flat[name] = rng.uniform(-scale, scale, shape).astype(np.float32)
         else:  # slopes of PReLUs, else biases
-            flat[name] = (rng.uniform(0.1, 0.4, shape) if name.endswith(("prelu.weight", ".1.weight")) else rng.normal(size=shape) * 0.05).astype(np.float32)
+            slope = name.endswith(("prelu.weight", ".1.weight"))
+            flat[name] = (rng.uniform(0.1, 0.4, shape) if slope else rng.normal(size=shape) * 0.05).astype(np.float32)
     return flat
 
 
@@ -218,7 +219,8 @@ np.savez(sys.argv[2], made=np.stack(made), score=(255.0 - np.mean(diffs)) / 255.
 def test_equals_pytorch_from_its_own_file_to_the_score(tmp_path, size):
     frames = _pictures(6, *size)  # two pairs; the last one has no follower
     np.savez(tmp_path / "in.npz", frames=frames, **_weights())
-    subprocess.run([TORCH, "-c", REFERENCE, str(tmp_path / "in.npz"), str(tmp_path / "out.npz"), str(tmp_path / "amt-s.pth")], check=True, timeout=300)
+    paths = [str(tmp_path / name) for name in ("in.npz", "out.npz", "amt-s.pth")]
+    subprocess.run([TORCH, "-c", REFERENCE, *paths], check=True, timeout=300)
     network = amt.Interpolator(tmp_path / "amt-s.pth", chunk=2)
     ours = np.asarray(amt.forward(amt.load_params(tmp_path / "amt-s.pth"), frames[0:4:2], frames[2:6:2]))
     with np.load(tmp_path / "out.npz") as theirs:

@@ -138,7 +138,7 @@ def test_files_that_are_not_t5s_tokenizer(tmp_path):
 def test_token_ids_are_those_of_transformers(spiece):
     """As Open-Sora 1.2 calls it (opensora/models/text_encoder/t5.py): padded to the length, cut, ends added."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    theirs = transformers.T5Tokenizer(str(spiece), extra_ids=0)
+    theirs = transformers.T5Tokenizer.from_pretrained(str(spiece.parent), extra_ids=0)
     for length in (4, 30):
         found = theirs(TEXTS, max_length=length, padding="max_length", truncation=True, add_special_tokens=True)
         for row, ids, mask in zip(open_tokenizer(spiece)(TEXTS), found["input_ids"], found["attention_mask"]):

@@ -1,9 +1,9 @@
 """Open-Sora's cleaning of captions before T5, twice over each.
 
-Open-Sora 1.2 cleans every prompt that it samples from (scripts/inference.py and gradio/app.py call `text_preprocessing`, always with its default, on).
-Its text encoder itself does not: `T5Embedder.use_text_preprocessing` is kept and never read, and training takes captions as its tables have them,
-which tools/datasets/datautil.py --clean-caption cleaned when they were written. Source of the rules: opensora/models/text_encoder/t5.py (`clean_caption`,
-`basic_clean`), which has them from PixArt-alpha and DeepFloyd IF; diffusers has them, too (Apache-2.0, pipelines/deepfloyd_if).
+Open-Sora 1.2 cleans every prompt that it samples from (scripts/inference.py and gradio/app.py call `text_preprocessing`, always on). Its text encoder
+itself does not: `T5Embedder.use_text_preprocessing` is kept and never read, and training takes captions as its tables have them, which
+tools/datasets/datautil.py --clean-caption is there to clean when they are written. Source of the rules: opensora/models/text_encoder/t5.py
+(`clean_caption`, `basic_clean`), which has them from PixArt-alpha; diffusers has them, too (Apache-2.0, pipelines/deepfloyd_if).
 """
 
 import html
@@ -74,9 +74,8 @@ def check_libraries() -> None:
         import bs4  # noqa: F401
         import ftfy  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            f"{error.name} is not installed, which cleans captions for T5; pip install 'mila_jax[t5]', or take texts as they are with text.encoder=t5-raw"
-        ) from None
+        remedy = "pip install 'mila_jax[t5]', or take texts as they are with text.encoder=t5-raw"
+        raise UserError(f"{error.name} is not installed, which cleans captions for T5; {remedy}") from None
 
 
 def _clean_once(text: str) -> str:
