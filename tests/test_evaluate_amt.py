@@ -79,6 +79,11 @@ def test_a_blending_network_by_hand(tmp_path):
     np.testing.assert_array_equal(network(pictures[2:3], pictures[3:]), made[2:])
 
 
+def test_large_pictures_go_one_by_one():
+    assert 4 * amt.correlation_bytes(256, 448) < amt.MEMORY < amt.correlation_bytes(900, 1600)
+    assert amt.correlation_bytes(64, 64) == 64 * (64 + 16 + 4 + 1) * 4 * 2
+
+
 def test_a_network_that_moves_pictures_likes_them_moving(tmp_path):
     """Two pixels a frame to the right: exact but at the sides, and worse with the frames out of order."""
     network = amt.Interpolator(_save(tmp_path / "move.safetensors", _still_weights(flow=2.0)), chunk=2)

@@ -25,6 +25,7 @@ CHANNELS = (20, 32, 44, 56)  # of the pyramid, at 1/2 … 1/16 of the size
 SIDE = 20  # channels that go through convolutions of their own in a residual block
 FEATURES = 84  # channels that are correlated
 RADIUS, LEVELS, FLOWS = 3, 4, 3
+MEMORY = 2**30  # bytes that correlations of the pairs of a chunk may take: 4 pairs of 256×448 take 0.14 GiB, one of 900×1600 5.1
 
 
 def _convolve(get, name, x, out, kernel=3, stride=1):
@@ -256,6 +257,12 @@ def _rounded(x):
     return (x * 255).astype(jnp.uint8)
 
 
+def correlation_bytes(height: int, width: int) -> int:
+    """Bytes of a pair's correlations of all places with all, in both directions and on all levels."""
+    places = -(-height // MULTIPLE) * -(-width // MULTIPLE) * 4
+    return int(places**2 * 4 * 2 * sum(4.0**-level for level in range(LEVELS)))
+
+
 def check_size(height: int, width: int) -> None:
     """Raises `UserError` for pictures that are too small for the network's correlations."""
     if min(height, width) < SMALLEST:
@@ -263,7 +270,8 @@ def check_size(height: int, width: int) -> None:
 
 
 class Interpolator:
-    """`interpolator(first, second)` gives the frames halfway between frames, all uint8 [n, H, W, 3], `chunk` pairs at a time.
+    """`interpolator(first, second)` gives the frames halfway between frames, all uint8 [n, H, W, 3], `chunk` pairs at a time, fewer
+    where their correlations would take more than `MEMORY`.
 
     name, sha256, preprocessing: for the card. Raises `UserError` as `load_params` and `check_size`, ValueError for other arrays.
     """
@@ -281,4 +289,5 @@ class Interpolator:
             got = f"{first.dtype} {first.shape} and {second.dtype} {second.shape}"
             raise ValueError(f"expected two uint8 arrays [n, H, W, 3] of one shape, n > 0; got {got}")
         check_size(*first.shape[1:3])
-        return in_chunks(lambda a, b: _rounded(forward(self._params, a, b)), self.chunk, first, second)
+        chunk = max(1, min(self.chunk, MEMORY // correlation_bytes(*first.shape[1:3])))
+        return in_chunks(lambda a, b: _rounded(forward(self._params, a, b)), chunk, first, second)
