@@ -25,7 +25,7 @@ CHANNELS = (20, 32, 44, 56)  # of the pyramid, at 1/2 … 1/16 of the size
 SIDE = 20  # channels that go through convolutions of their own in a residual block
 FEATURES = 84  # channels that are correlated
 RADIUS, LEVELS, FLOWS = 3, 4, 3
-MEMORY = 2**30  # bytes that correlations of the pairs of a chunk may take: 4 pairs of 256×448 take 0.14 GiB, one of 900×1600 5.1
+MEMORY = 2**30  # bytes that correlations of the pairs of a chunk may take: 4 pairs of 256×448 take 0.13 GiB, one of 900×1600 5.1
 
 
 def _convolve(get, name, x, out, kernel=3, stride=1):
