@@ -27,8 +27,16 @@ Every setting of the config can be changed: --config.train.steps=100 (configs/de
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others of the command."""
+
+    def error(self, message):
+        """Prints the mistake and leaves with exit code 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mila", description="MiLA, a six-view driving-video world model in JAX.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
@@ -196,7 +204,7 @@ def main(argv=None) -> int:
         return 0
     unknown = [argument for argument in rest if not (argument.startswith("--config.") and "=" in argument)]
     if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}; settings are written --config.KEY=VALUE; see mila {options.command} --help")
+        parser.error(f"unknown argument {unknown[0]!r}; settings are written --config.KEY=VALUE")
     try:
         if options.command == "doctor":  # before anything that may be missing is imported
             from mila_jax import doctor
