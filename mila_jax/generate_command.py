@@ -188,6 +188,8 @@ def find_start(model, config, codec, options, video=None):
             tokens, mask = text_encoder().encode([options.text])
             start = dataclasses.replace(start, text=tokens[0], text_mask=mask[0], description=options.text)
         return dataclasses.replace(start, trajectory=trajectory, waypoints_known=known)
+    if options.scene:
+        raise UserError("--scene goes with --data; --frames are of no recorded scene")
     images = read_frames(options.frames, model.data["image_size"])
     wanted = given if video is None else video.chunks.frame_count(given)
     images = images[:, -(wanted if video is None or images.shape[1] >= wanted else 1) :]  # what is no whole chunk: the last image alone

@@ -6,6 +6,7 @@ import sys
 
 import msgspec
 
+from mila_jax.chunks import CHUNKS
 from mila_jax.errors import UserError
 from mila_jax.model.autoencoder_weights import Codec, make_codec
 from mila_jax.model.text import INSTALL, make_text_encoder
@@ -42,6 +43,8 @@ def open_video_codec(config, codec: Codec) -> VideoCodec | None:
     kind = config.autoencoder.get("temporal", "none")
     if kind == "none":
         return None
+    if kind not in CHUNKS:
+        raise UserError(f"autoencoder.temporal={kind!r} is unknown; use {', '.join(CHUNKS)}")
     path = config.autoencoder.get("temporal_path") or config.autoencoder.path
     if path is None:
         raise UserError(f"autoencoder.temporal={kind} needs weights: set autoencoder.temporal_path")

@@ -43,7 +43,7 @@ def trained(small_config, tmp_path_factory):
 def run(config, *arguments):
     """The command with the paths of `config`; returns its exit code."""
     settings = [f"--config.generate.weights={config.generate.weights}", f"--config.autoencoder.path={config.autoencoder.path}", "--config.generate.steps=2"]
-    return cli.main([*arguments, "--quiet", *settings])
+    return cli.main([arguments[0], "--quiet", *settings, *arguments[1:]])
 
 
 def test_same_seed_same_video_and_batch_does_not_matter(trained):
@@ -314,8 +314,18 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys, monke
         "short.csv ends at 1 s, before": ["generate", f"--frames={tmp_path}/good", f"--waypoints={tmp_path}/short.csv", out],
         "--waypoints must be given": ["generate", f"--frames={tmp_path}/good", out],
         "mesh sizes": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, "--config.mesh.context=3"],
+        "--scene goes with --data": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, f"--scene={name}"],
         "generate.decode_frames=0": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, "--config.generate.decode_frames=0"],
     }
+    for setting in (
+        "generate.steps=0", "generate.steps=-2", "window.tpd_strength=9", "window.tpd_strength=nan", "generate.shift=-1", "generate.shift=inf",
+        "generate.windows_per_call=0", "generate.guidance_text=nan", "generate.guidance_waypoints=-1", "generate.temperature=2", "window.anchor_error=2",
+        "window.anchor_level=0", "autoencoder.temporal='nosuch'",
+    ):  # fmt: skip
+        key, value = setting.split("=")
+        value = value.strip("'")
+        message = f"{setting} " if "anchor" not in key else f"{key}: "
+        cases[message] = ["generate", data, f"--scene={name}", out, f"--config.{key}={value}"]
     for message, arguments in cases.items():
         assert run(config, *arguments) == 2, message
         error = capsys.readouterr().err
