@@ -7,6 +7,7 @@ import json
 import pathlib
 import sys
 import time
+import zipfile
 
 import numpy as np
 import tqdm
@@ -56,6 +57,8 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
         print(f"{out} holds this video already, finished; remove that folder to make it again", file=sys.stderr)
         return out / "video.mp4"
     kept = Unfinished(out / "unfinished", about)
+    for partial in out.glob(".*.mp4"):  # of a run that was killed
+        partial.unlink()
     making = Making(generator, job, decoder, kept, length)
     write_videos(out, making.frames(progress), _display_scale(model.data["image_size"]), options.per_view)
     save_latents(out / "latents.npz", collect(job.plan, np.stack(making.windows)), start, length)
@@ -139,14 +142,41 @@ def save_latents(path: pathlib.Path, video: Rollout, start: Start, length: int) 
 
 
 def read_generated(folder) -> tuple[dict, dict]:
-    """(generate.json, arrays of latents.npz) of a folder that `mila generate` made. Raises `UserError` where there is no finished video."""
+    """(generate.json, arrays of latents.npz) of a folder that `mila generate` made.
+
+    Raises `UserError` where there is no finished video, and for files that are damaged or do not belong together.
+    """
     folder = pathlib.Path(folder)
     try:
         about = json.loads((folder / "generate.json").read_text())
         with np.load(folder / "latents.npz", allow_pickle=False) as z:
-            return about, {key: z[key] for key in z.files}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no finished video of mila generate ({error})") from None
+            arrays = {key: z[key] for key in z.files}
+        _, latents = int(about["frames"]), arrays["latents"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{folder} has no finished video of mila generate ({error}); run it, or again with another --out") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: generate.json and latents.npz are not as mila generate writes them ({type(error).__name__}: {error}); make them again") from None
+    if latents.ndim != 5 or len(latents) != len(VIEWS):
+        raise UserError(f"{folder}: latents.npz has latents {latents.shape}, not of {len(VIEWS)} views; make the video again")
+    if not np.isfinite(latents).all():
+        raise UserError(f"{folder}: latents.npz has latents that are no finite numbers; make the video again")
+    return about, arrays
+
+
+def check_latents(folder, about: dict, arrays: dict, codec, shape=None) -> None:
+    """Raises `UserError` for a video whose latents are not one for each frame, or of another autoencoder than `codec`, or, with `shape` (h, w, c),
+    of another size."""
+    if arrays["latents"].shape[1] != about["frames"]:
+        raise UserError(f"{folder}: latents.npz has {arrays['latents'].shape[1]} latents, generate.json tells of {about['frames']} frames; make the video again")
+    if "poses" in arrays and arrays["poses"].shape != (about["frames"], 3):
+        raise UserError(f"{folder}: latents.npz has poses {arrays['poses'].shape} of {about['frames']} frames; make the video again")
+    made = about.get("identity", {}).get("autoencoder", [codec.sha256])[0]
+    if made != codec.sha256:
+        raise UserError(f"{folder} was made with another autoencoder; set autoencoder.path to that one's file")
+    found, wanted = arrays["latents"].shape[2:], (None, None, codec.config.latent_channels) if shape is None else tuple(shape)
+    if any(b not in (None, a) for a, b in zip(found, wanted)):
+        of = f"the autoencoder has {wanted[2]} channels" if shape is None else f"data.dir's are {wanted}"
+        raise UserError(f"{folder} has latents of (rows, columns, channels) {found}, {of}; give videos of one size, and data and autoencoder of them")
 
 
 def check_single_pictures(folder, about: dict, command: str) -> None:
