@@ -180,6 +180,8 @@ def _run(options, config) -> int:
 
         if not options.out:
             raise UserError("--out is not set; mila evaluate --preset wants a folder for scores and report")
+        if options.clips == 0:
+            raise UserError("--clips=0 must be at least 2 with --preset; without it all clips are scored")
         chosen = {key: getattr(options, key) for key in ("windows", "motion", "lpips", "dino", "clip")}
         print(preset_command(config, options.preset, options.out, networks=options.network, limit=options.clips or 0, progress=progress, **chosen))
     elif options.command == "evaluate":

@@ -149,9 +149,10 @@ def read_generated(folder) -> tuple[dict, dict]:
     folder = pathlib.Path(folder)
     try:
         about = json.loads((folder / "generate.json").read_text())
-        with np.load(folder / "latents.npz", allow_pickle=False) as z:
+        with open(folder / "latents.npz", "rb") as file, np.load(file, allow_pickle=False) as z:
             arrays = {key: z[key] for key in z.files}
-        _, latents = int(about["frames"]), arrays["latents"]
+        int(about["frames"])
+        latents = arrays["latents"]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder} has no finished video of mila generate ({error}); run it, or again with another --out") from None
     except (KeyError, TypeError, AttributeError) as error:

@@ -357,7 +357,7 @@ def test_data_of_another_kind_is_noticed(trained, tmp_path):
             generate.check_fits(other, codec, config.data.dir)
 
 
-def test_evaluate_prints_scores(trained, tmp_path, capsys):
+def test_evaluate_prints_scores(trained, tmp_path, capsys, monkeypatch):
     config, _ = trained
     data = [f"--config.data.dir={config.data.dir}", f"--config.data.nuscenes={config.data.nuscenes}", "--config.data.image_size=(32, 48)"]
     assert run(config, "evaluate", *data, "--clips=1", "--seconds=0.5", f"--out={tmp_path}/scores.json") == 0
@@ -365,7 +365,10 @@ def test_evaluate_prints_scores(trained, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == scores
     assert [row["views"] for row in scores["distances"]] == ["multi", "front"]
     assert scores["distances"][0]["FD-EffNetLite0"] > 0 and np.isfinite(scores["reconstruction_psnr_db"])
-    for wrong, message in {"--clips=0": "--clips=0", "--seconds=0.1": "--seconds=0.1", "--seconds=500": "longer than val scene"}.items():
+    (tmp_path / "file").write_text("")
+    unwritable = {f"--out={tmp_path}/file/x.json": "x.json", f"--out={tmp_path}": "it is a folder"}
+    monkeypatch.setattr(RolloutProgram, "__call__", lambda *_: pytest.fail("a window was begun before everything was checked"))
+    for wrong, message in unwritable | {"--clips=0": "--clips=0", "--seconds=0.1": "--seconds=0.1", "--seconds=500": "longer than val scene"}.items():
         assert run(config, "evaluate", *data, wrong) == 2
         assert message in capsys.readouterr().err
 

@@ -275,5 +275,8 @@ def test_mistakes_end_in_one_line(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "w" / "scores.json").write_text('{"scores": [{"distance": 1}]}')
     with pytest.raises(UserError, match="scores.json is no record"):
         preset_report.report_command(tmp_path / "w", tmp_path / "w")
+    (tmp_path / "w" / "scores.json").write_text('{"scores": []}')
+    with pytest.raises(UserError, match="scores.json holds no scores"):
+        preset_report.report_command(tmp_path / "w", tmp_path / "w")
     with pytest.raises(UserError, match="scores.json is not there"):
         preset_report.report_command(tmp_path / "z", tmp_path / "z")
