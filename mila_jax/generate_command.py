@@ -52,7 +52,7 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
         draw_picture(out / "schedule.png", job.plan, job.tables)
         return out / "schedule.png"
     about = identity(generator, job, codec, start, options.seed)
-    finished = about | {"decode_tile": config.generate.decode_tile}
+    finished = about | {"length": length, "decode_tile": config.generate.decode_tile}
     if is_finished(out, finished, ["video.mp4", "latents.npz", *(f"{name}.mp4" for name in (VIEWS if options.per_view else ()))]):
         print(f"{out} holds this video already, finished; remove that folder to make it again", file=sys.stderr)
         return out / "video.mp4"
