@@ -61,9 +61,9 @@ class SamplerOptions:
         if not 0 < self.shift < math.inf:
             raise UserError(f"generate.shift={self.shift:g} must be a positive number; 0 is Open-Sora's rule, 1 none")
         if not 0 <= self.temperature <= 1:
-            raise UserError(f"generate.temperature={self.temperature} must lie between 0 and 1")
+            raise UserError(f"generate.temperature={self.temperature:g} must lie between 0 and 1")
         if not 0 <= self.context_level < 1:
-            raise UserError(f"generate.context_level={self.context_level} must lie between 0 and 1")
+            raise UserError(f"generate.context_level={self.context_level:g} must lie between 0 and 1")
 
     def schedule(self, windows: Windows):
         """Levels `[K+1, T]` of a stage's windows (those with an anchor, if there are any)."""
