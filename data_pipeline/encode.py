@@ -20,6 +20,7 @@ import tqdm
 
 from data_pipeline import records
 from data_pipeline.example import serialise_example
+from data_pipeline.nuscenes.check import check_files
 from data_pipeline.nuscenes.reader import instants, load_image
 from data_pipeline.storage import Folder, join
 from mila_jax.errors import UserError
@@ -71,12 +72,14 @@ def encode_dataset(
 
 
 def encode_part(encoder: "SceneEncoder", part: Part, progress: bool) -> None:
-    """Encodes every `part.count`-th scene from number `part.index` on; writes no index."""
+    """Encodes every `part.count`-th scene from number `part.index` on; writes no index. Raises `UserError` before the first for missing images."""
     scenes = encoder.nusc.scenes
     mine = range(part.index, len(scenes), part.count)
     sizes = [len(scenes[i].tracks["CAM_FRONT"].files) for i in mine]
     with write_errors(encoder.out), tqdm.tqdm(total=sum(sizes), desc="encode", unit="instant", disable=not progress) as bar:
         encoder.out.make()
+        left = (encoder.moments(i) for i in mine if encoder.finished(i) is None)
+        check_files(encoder.nusc.root, (name for moments in left for moment in moments for name in moment.files), "the scenes to be encoded")
         for number, size in zip(mine, sizes):
             encoder.encode(number)
             bar.update(size)

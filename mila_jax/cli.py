@@ -5,6 +5,7 @@ errors in the arguments answer at once.
 """
 
 import argparse
+import os
 import sys
 
 from mila_jax.errors import UserError
@@ -27,8 +28,16 @@ Every setting of the config can be changed: --config.train.steps=100 (configs/de
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others of the command."""
+
+    def error(self, message):
+        """Prints the mistake and leaves with exit code 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mila", description="MiLA, a six-view driving-video world model in JAX.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
@@ -173,6 +182,8 @@ def _run(options, config) -> int:
 
         if not options.out:
             raise UserError("--out is not set; mila evaluate --preset wants a folder for scores and report")
+        if options.clips == 0:
+            raise UserError("--clips=0 must be at least 2 with --preset; without it all clips are scored")
         chosen = {key: getattr(options, key) for key in ("windows", "motion", "lpips", "dino", "clip", "amt")}
         print(preset_command(config, options.preset, options.out, networks=options.network, limit=options.clips or 0, progress=progress, **chosen))
     elif options.command == "evaluate":
@@ -197,7 +208,7 @@ def main(argv=None) -> int:
         return 0
     unknown = [argument for argument in rest if not (argument.startswith("--config.") and "=" in argument)]
     if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}; settings are written --config.KEY=VALUE; see mila {options.command} --help")
+        parser.error(f"unknown argument {unknown[0]!r}; settings are written --config.KEY=VALUE")
     try:
         if options.command == "doctor":  # before anything that may be missing is imported
             from mila_jax import doctor
@@ -213,6 +224,9 @@ def main(argv=None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush has somewhere to go
+        return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)

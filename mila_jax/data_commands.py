@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 from mila_jax.errors import UserError
 
@@ -34,7 +35,10 @@ def check_command(config, *, out=None) -> int:
 
 
 def clips_command(config, options) -> int:
-    """`mila clips`: the presets, or the clips of one. Text to the terminal, JSON to `--out`."""
+    """`mila clips`: the presets, or the clips of one. Text to the terminal, JSON to `--out`.
+
+    Exit code 1 when the tables name images for the clips that are not on the disk, where others are: the list is that of the tables all the same.
+    """
     from data_pipeline import presets
 
     if not options.preset:
@@ -42,7 +46,8 @@ def clips_command(config, options) -> int:
             print(f"{name:18} {preset.rule}\n{'':18} {preset.source}")
         return 0
     preset = presets.get_preset(options.preset)
-    scenes = presets.scenes_of_encoded(options.data) if options.data else presets.scenes_of_tables(open_config_nuscenes(config), preset.split)
+    nusc = None if options.data else open_config_nuscenes(config)
+    scenes = presets.scenes_of_encoded(options.data) if nusc is None else presets.scenes_of_tables(nusc, preset.split)
     clips, dropped = presets.list_clips(preset, scenes)
     if not clips:
         why = "; ".join(f"{count}: {reason}" for reason, count in dropped.items()) or f"no scene of split {preset.split!r}"
@@ -55,12 +60,37 @@ def clips_command(config, options) -> int:
         ]
         write_json(options.out, summary | {"list": rows})
         print(options.out)
-        return 0
+        return tell_missing(nusc, preset, clips)
     print(f"# {preset.name}: {preset.rule}\n# {len(clips)} clips, sha256 {summary['sha256'][:16]}…; dropped {dropped or 'none'}")
     print("# scene, sample, first frame, last frame, time of the first (µs), its sample token")
     for clip in clips:
         print(clip.scene, clip.sample, clip.frames[0], clip.frames[-1], clip.timestamp_us, clip.sample_token or "-")
-    return 0
+    return tell_missing(nusc, preset, clips)
+
+
+def tell_missing(nusc, preset, clips) -> int:
+    """Says on stderr which images of the clips are missing, where there are any images at all; exit code."""
+    from data_pipeline.nuscenes.check import absent
+    from data_pipeline.nuscenes.reader import REFERENCE, complete_moments
+    from data_pipeline.storage import is_remote, join
+    from mila_jax.views import VIEWS
+
+    if nusc is None or is_remote(nusc.root):
+        return 0
+    scenes, wanted = {scene.name: scene for scene in nusc.scenes}, set()
+    for name in {clip.scene for clip in clips}:
+        chosen, _ = complete_moments(scenes[name])
+        frames = sorted({frame for clip in clips if clip.scene == name for frame in clip.frames})
+        for column, view in enumerate(VIEWS):
+            if preset.views == "six" or view == REFERENCE:
+                files = scenes[name].tracks[view].files
+                wanted |= {files[n] for n in chosen[frames, column]}
+    lost = absent(nusc.root, sorted(wanted))
+    if not lost or len(lost) == len(wanted):  # tables alone are enough for a list
+        return 0
+    first = join(nusc.root, lost[0])
+    print(f"error: {len(lost)} of the clips' {len(wanted)} images are missing, the first is {first}; mila prepare --check says more", file=sys.stderr)
+    return 1
 
 
 def write_json(path, value) -> None:

@@ -137,7 +137,8 @@ def _generate(config, model, folder, seconds, frames, progress):
     record = folder / "video.json"
     complete = record.exists() and all((folder / n).exists() for n in ("latents.npz", "video.mp4", "recorded.mp4"))
     if not (complete and json.loads(record.read_text()) == identity):
-        record.unlink(missing_ok=True)  # until all files are of the new video, none counts
+        for path in (record, folder / "generate.json"):  # until all files are of the new video, none counts
+            path.unlink(missing_ok=True)
         options = types.SimpleNamespace(
             data=config.data.dir, scene=name, start=START, seconds=seconds, out=folder, seed=config.seed, text=None, frames=None, waypoints=None,
             speed=8.0, explain=False, per_view=False,

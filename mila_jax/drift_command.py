@@ -17,7 +17,7 @@ from mila_jax.evaluate.egomotion import EgoMotion, following
 from mila_jax.evaluate.efficientnet import FeatureExtractor
 from mila_jax.evaluate.report import Report
 from mila_jax.geometry import relative_waypoints
-from mila_jax.generate_command import check_single_pictures, read_generated, writable_folder
+from mila_jax.generate_command import check_latents, check_single_pictures, read_generated, writable_folder
 from mila_jax.prepare import open_codec
 from mila_jax.scores import FEATURE_SIZE
 from mila_jax.views import view_index
@@ -29,17 +29,24 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
     Videos of one strategy are one curve; two strategies of the same drives are compared drive by drive, too. motion: read the car's motion, too, by
     `EgoMotion` of each video's rig or by `ego_motion` (see `evaluate.drift.measure`), from videos that tell their poses, whose trajectory is compared with the commanded one (`following`), and from
     recorded scenes, which tell the reader's own error; some two CPU seconds for each second of video.
-    Raises `UserError` for a folder without a finished video.
+    Raises `UserError`, before anything is decoded, for a folder without a finished video, and for videos that are not of the data's size and autoencoder.
     """
     if config.data.dir is None:
         raise UserError("data.dir is not set; give --config.data.dir=FOLDER of an encoded data set, whose val scenes are compared with")
-    if "temporal" in read_index(config.data.dir).meta:
+    index, codec = read_index(config.data.dir), open_codec(config)
+    if "temporal" in index.meta:
         raise UserError(f"{config.data.dir} holds temporal latents (autoencoder.temporal); mila drift is for those of single pictures")
+    if index.meta.get("autoencoder_sha256", codec.sha256) != codec.sha256:
+        raise UserError(f"{config.data.dir} was encoded with another autoencoder; set autoencoder.path to that one's file")
+    if not any(scene.split == "val" for scene in index.scenes):
+        raise UserError(f"{config.data.dir} has no val scenes to compare with")
+    for folder in map(pathlib.Path, folders):
+        _read(folder, codec, index.latent_shape)
     out = writable_folder(out)
-    decoder = open_decoder(open_codec(config), config)
+    decoder = open_decoder(codec, config)
     extractor = extractor or FeatureExtractor(FEATURE_SIZE)
     recorded, strips, follow = [], None, {"recorded": []}
-    for scene in (s for s in read_index(config.data.dir).scenes if s.split == "val"):
+    for scene in (s for s in index.scenes if s.split == "val"):
         scene = read_scene(config.data.dir, scene.name)
         frames = list(decoder(scene["latents"].swapaxes(0, 1)))
         strips = overlaps(*(scene[key][0] for key in ("intrinsics", "cam2ego_translation", "cam2ego_rotation")), *frames[0].shape[1:3])
@@ -48,14 +55,9 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
         recorded.append(drift.measure(frames, extractor=extractor, strips=strips, ego_motion=estimator, poses=poses))
         if motion:
             follow["recorded"].append(_follow(recorded[-1], poses) | {"video": scene["name"]})
-    if not recorded:
-        raise UserError(f"{config.data.dir} has no val scenes to compare with")
     groups, residuals = {}, {}
     for folder in map(pathlib.Path, folders):
-        about, arrays = read_generated(folder)
-        check_single_pictures(folder, about, "drift")
-        if about["frames"] < drift.RATE:
-            raise UserError(f"{folder} holds {about['frames']} frames; drift needs at least a second ({drift.RATE})")
+        about, arrays = _read(folder, codec, index.latent_shape)
         estimator = None
         if motion and {"poses", "intrinsics", "extrinsics"} <= set(arrays):
             estimator = ego_motion or EgoMotion(arrays["intrinsics"], arrays["extrinsics"])
@@ -85,6 +87,19 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
         report.add_table([{"of": pair, "number": name} | row for pair, rows in differences.items() for name, row in sorted(rows.items())])
     drift.add_to_report(report, named, residuals)
     return report.write(out / "drift.html")
+
+
+def _read(folder: pathlib.Path, codec, latent_shape) -> tuple[dict, dict]:
+    """A video as of `read_generated`. Raises `UserError` for one that cannot be set beside data of `codec` and of (h, w, c)."""
+    about, arrays = read_generated(folder)
+    check_single_pictures(folder, about, "drift")
+    check_latents(folder, about, arrays, codec, latent_shape)
+    lacking = [key for key in ("strategy", *(("anchor_stride",) if "anchors" in arrays else ())) if key not in about]
+    if lacking:
+        raise UserError(f"{folder}: generate.json does not tell {', '.join(lacking)}; generate the video again with this version")
+    if about["frames"] < drift.RATE:
+        raise UserError(f"{folder} holds {about['frames']} frames; drift needs at least a second ({drift.RATE})")
+    return about, arrays
 
 
 def _drive(about, arrays) -> str:

@@ -20,7 +20,7 @@ from mila_jax.errors import UserError
 from mila_jax.evaluate.video import write_view
 from mila_jax.export_nuscenes import resized, write_scene
 from mila_jax.export_source import NotFollowed, Source, find_source
-from mila_jax.generate_command import check_single_pictures, read_generated, writable_folder
+from mila_jax.generate_command import check_latents, check_single_pictures, read_generated, writable_folder
 from mila_jax.prepare import open_codec
 from mila_jax.start import FRAME_RATE
 from mila_jax.views import view_index
@@ -48,8 +48,11 @@ def export_command(config, folders, out, *, format_: str, size: tuple[int, int] 
         raise UserError(f"{out} holds an exported data set already; choose another --out")
     nusc = None if format_ == "act-bench" or config.data.nuscenes is None else open_nuscenes(config.data.nuscenes, config.data.version)
     sources = [_source(nusc, video) for video in videos] if format_ == "nuscenes" else []
+    codec = open_codec(config)
+    for video in videos:
+        check_latents(video["folder"], video["about"], video, codec)
     out = writable_folder(out)
-    decoder = open_decoder(open_codec(config), config)
+    decoder = open_decoder(codec, config)
     if format_ == "act-bench":
         for video in videos:
             _act(video, decoder, out, size)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -174,7 +175,7 @@ class Generator:
         for number, window in enumerate(finished, 1):
             state = self._program.after(state, jax.tree.map(lambda leaf: leaf[number - 1], job.rows), window)
             yield window
-        size = max(1, self.config.generate.windows_per_call)
+        size = self.config.generate.windows_per_call
         while number < job.windows or pending is not None:
             ready, pending = pending, None
             if number < job.windows:
@@ -244,7 +245,10 @@ def check_fits(model: WorldModel, codec, data_dir=None, video=None) -> None:
 
 
 def window_settings(model: WorldModel, config):
-    """The config with the sizes of the window that the model was trained on, and over them those that `generate` asks for."""
+    """The config with the sizes of the window that the model was trained on, and over them those that `generate` asks for.
+
+    Raises `UserError` naming the key for a value of `generate` that cannot be.
+    """
     config = config.copy_and_resolve_references()
     g, w = config.generate, config.window
     for key in ("frames", "conditioning", "anchor_stride"):
@@ -252,6 +256,11 @@ def window_settings(model: WorldModel, config):
     for key in ("window", "conditioning", "anchor_stride"):
         if g[key] < 0:
             raise UserError(f"generate.{key}={g[key]} must be positive, or 0 for what the model was trained with")
+    if g.windows_per_call < 1:
+        raise UserError(f"generate.windows_per_call={g.windows_per_call} must be at least 1")
+    for key in ("guidance_text", "guidance_waypoints"):
+        if not 0 <= g[key] < math.inf:
+            raise UserError(f"generate.{key}={g[key]:g} must be a number from 0 on; 1 is none")
     w.frames, w.conditioning = g.window or w.frames, g.conditioning or w.conditioning
     if g.anchor_stride or g.window or g.conditioning:
         w.anchor_stride = g.anchor_stride or w.frames - w.conditioning

@@ -5,7 +5,9 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import sys
 import time
+import zipfile
 
 import numpy as np
 import tqdm
@@ -13,23 +15,25 @@ import tqdm
 from mila_jax.chunks import chunks_of
 from mila_jax.decode import Decoder, VideoDecoder, open_decoder
 from mila_jax.errors import UserError
-from mila_jax.evaluate.video import six_view_picture, view_writer
+from mila_jax.evaluate.video import atomic_path, six_view_picture, view_writer
 from mila_jax.explain import describe, draw_picture
 from mila_jax.flow.rollout import KINDS, Rollout, collect, new_frames
 from mila_jax.generate import Generator, Job, check_fits, find_weights, window_settings
 from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec, open_video_codec
-from mila_jax.start import FRAME_RATE, Start, choose_trajectory, frame_count, from_images, from_scene, read_frames
-from mila_jax.unfinished import Unfinished
+from mila_jax.start import FRAME_RATE, Start, check_seed, choose_trajectory, frame_count, from_images, from_scene, read_frames
+from mila_jax.unfinished import Unfinished, is_finished
 from mila_jax.views import VIEWS
 
 
 def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     """`mila generate`: makes video.mp4, latents.npz and generate.json in `options.out`; returns the video's path.
 
-    With `options.explain` it prints and draws (schedule.png) what it would do, and returns the picture's path.
+    With `options.explain` it prints and draws (schedule.png) what it would do, and returns the picture's path. A video that is finished there already
+    is told and kept. Raises `UserError` if the folder holds another one, finished or not.
     """
     length = frame_count(options.seconds)
+    check_seed(options.seed)
     out = writable_folder(options.out)
     model = load_model(find_weights(config))
     config = window_settings(model, config)
@@ -47,15 +51,24 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
         print(describe(job.plan, job.tables, generator.options))
         draw_picture(out / "schedule.png", job.plan, job.tables)
         return out / "schedule.png"
-    kept = Unfinished(out / "unfinished", identity(generator, job, codec, start, options.seed))
+    about = identity(generator, job, codec, start, options.seed)
+    finished = about | {"length": length, "decode_tile": config.generate.decode_tile}
+    if is_finished(out, finished, ["video.mp4", "latents.npz", *(f"{name}.mp4" for name in (VIEWS if options.per_view else ()))]):
+        print(f"{out} holds this video already, finished; remove that folder to make it again", file=sys.stderr)
+        return out / "video.mp4"
+    kept = Unfinished(out / "unfinished", about)
+    for partial in out.glob(".*.mp4"):  # of a run that was killed
+        partial.unlink()
     making = Making(generator, job, decoder, kept, length)
     write_videos(out, making.frames(progress), _display_scale(model.data["image_size"]), options.per_view)
     save_latents(out / "latents.npz", collect(job.plan, np.stack(making.windows)), start, length)
     summary = {
         "seconds": options.seconds, "text": start.description, "waypoints": options.waypoints or "scene", "seed": options.seed,
         "scene": start.scene, "time_us": start.time_us, "temporal": model.data.get("temporal", "none"), **making.summary(),
+        "identity": finished,
     }  # fmt: skip
-    (out / "generate.json").write_text(json.dumps(summary, indent=1))
+    with atomic_path(out / "generate.json") as path:
+        path.write_text(json.dumps(summary, indent=1))
     kept.remove()
     return out / "video.mp4"
 
@@ -124,18 +137,47 @@ def save_latents(path: pathlib.Path, video: Rollout, start: Start, length: int) 
     arrays = {"latents": video.latents, "anchors": video.anchors, "corrected": video.corrected}
     arrays = {name: np.asarray(value[0], np.float16) for name, value in arrays.items() if value is not None}
     poses = start.trajectory.at(np.arange(1, length + 1) / FRAME_RATE)
-    np.savez(path, views=np.array(VIEWS), poses=poses, intrinsics=start.intrinsics, extrinsics=start.extrinsics, **arrays)
+    with atomic_path(path) as temporary:
+        np.savez(temporary, views=np.array(VIEWS), poses=poses, intrinsics=start.intrinsics, extrinsics=start.extrinsics, **arrays)
 
 
 def read_generated(folder) -> tuple[dict, dict]:
-    """(generate.json, arrays of latents.npz) of a folder that `mila generate` made. Raises `UserError` where there is no finished video."""
+    """(generate.json, arrays of latents.npz) of a folder that `mila generate` made.
+
+    Raises `UserError` where there is no finished video, and for files that are damaged or do not belong together.
+    """
     folder = pathlib.Path(folder)
     try:
         about = json.loads((folder / "generate.json").read_text())
-        with np.load(folder / "latents.npz", allow_pickle=False) as z:
-            return about, {key: z[key] for key in z.files}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no finished video of mila generate ({error})") from None
+        with open(folder / "latents.npz", "rb") as file, np.load(file, allow_pickle=False) as z:
+            arrays = {key: z[key] for key in z.files}
+        int(about["frames"])
+        latents = arrays["latents"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{folder} has no finished video of mila generate ({error}); run it, or again with another --out") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: generate.json and latents.npz are not as mila generate writes them ({type(error).__name__}: {error}); make them again") from None
+    if latents.ndim != 5 or len(latents) != len(VIEWS):
+        raise UserError(f"{folder}: latents.npz has latents {latents.shape}, not of {len(VIEWS)} views; make the video again")
+    if not np.isfinite(latents).all():
+        raise UserError(f"{folder}: latents.npz has latents that are no finite numbers; make the video again")
+    return about, arrays
+
+
+def check_latents(folder, about: dict, arrays: dict, codec, shape=None) -> None:
+    """Raises `UserError` for a video whose latents are not one for each frame, or of another autoencoder than `codec`, or, with `shape` (h, w, c),
+    of another size."""
+    if arrays["latents"].shape[1] != about["frames"]:
+        raise UserError(f"{folder}: latents.npz has {arrays['latents'].shape[1]} latents, generate.json tells of {about['frames']} frames; make the video again")
+    if "poses" in arrays and arrays["poses"].shape != (about["frames"], 3):
+        raise UserError(f"{folder}: latents.npz has poses {arrays['poses'].shape} of {about['frames']} frames; make the video again")
+    made = about.get("identity", {}).get("autoencoder", [codec.sha256])[0]
+    if made != codec.sha256:
+        raise UserError(f"{folder} was made with another autoencoder; set autoencoder.path to that one's file")
+    found, wanted = arrays["latents"].shape[2:], (None, None, codec.config.latent_channels) if shape is None else tuple(shape)
+    if any(b not in (None, a) for a, b in zip(found, wanted)):
+        of = f"the autoencoder has {wanted[2]} channels" if shape is None else f"data.dir's are {wanted}"
+        raise UserError(f"{folder} has latents of (rows, columns, channels) {found}, {of}; give videos of one size, and data and autoencoder of them")
 
 
 def check_single_pictures(folder, about: dict, command: str) -> None:
@@ -177,6 +219,8 @@ def find_start(model, config, codec, options, video=None):
             tokens, mask = text_encoder().encode([options.text])
             start = dataclasses.replace(start, text=tokens[0], text_mask=mask[0], description=options.text)
         return dataclasses.replace(start, trajectory=trajectory, waypoints_known=known)
+    if options.scene:
+        raise UserError("--scene goes with --data; --frames are of no recorded scene")
     images = read_frames(options.frames, model.data["image_size"])
     wanted = given if video is None else video.chunks.frame_count(given)
     images = images[:, -(wanted if video is None or images.shape[1] >= wanted else 1) :]  # what is no whole chunk: the last image alone
@@ -189,7 +233,7 @@ def identity(generator: Generator, job: Job, codec, start, seed: int) -> dict:
     """Everything that decides the windows of a video, as plain values."""
     plan, g = job.plan, generator.config.generate
     return {
-        "weights": generator.model.sha256, "autoencoder": [codec.sha256, generator.model.data.get("temporal_sha256")], "seed": seed, "frames": plan.frames, "start": start.digest(),
+        "weights": generator.model.sha256, "autoencoder": [codec.sha256, generator.model.data.get("temporal_sha256")], "seed": seed, "frames": plan.frames, "start": start.digests(),
         "generate": {"strategy": plan.strategy, "guidance_text": g.guidance_text, "guidance_waypoints": g.guidance_waypoints},
         "window": {"frames": plan.window, "conditioning": plan.conditioning, "anchor_stride": plan.anchor_stride, "given": plan.given},
         "sampler": dataclasses.asdict(generator.options),

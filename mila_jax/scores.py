@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import tempfile
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from data_pipeline.records import read_index
 from mila_jax.errors import UserError
 from mila_jax.evaluate import consistency, efficientnet, frechet, quality
 from mila_jax.evaluate.lpips import Lpips
+from mila_jax.evaluate.video import atomic_path
 from mila_jax.generate import Generator, check_fits, decode_frames, find_weights, window_settings
 from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
@@ -86,6 +88,8 @@ def evaluate_command(config, *, clips: int, seconds: float, out, lpips: bool = F
         raise UserError(f"--clips={clips} must be at least 1")
     if lpips and not config.data.nuscenes:
         raise UserError("--lpips without --preset is the autoencoder's; set --config.data.nuscenes=FOLDER, or give --preset=NAME")
+    if out:
+        check_file(out)
     perceptual = Lpips() if lpips else None
     frames = frame_count(seconds, least=4)  # the distance between odd and even frames needs two of each
     model = load_model(find_weights(config))
@@ -122,8 +126,19 @@ def evaluate_command(config, *, clips: int, seconds: float, out, lpips: bool = F
     text = json.dumps(scores, indent=1)
     print(text)
     if out:
-        try:
-            pathlib.Path(out).write_text(text)
-        except OSError as error:
-            raise UserError(f"cannot write {out} ({error.strerror}); choose another --out") from None
+        with atomic_path(out) as path:
+            path.write_text(text)
     return scores
+
+
+def check_file(path) -> None:
+    """Raises `UserError` if the file `path` could not be written; what is there stays."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}, it is a folder; without --preset --out is a JSON file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); choose another --out") from None

@@ -32,13 +32,20 @@ class Start:
     scene: str | None = None  # name of the recorded scene that it starts in
     time_us: int | None = None  # of CAM_FRONT's last given frame in it, microseconds
 
-    def digest(self) -> str:
-        """Hash over everything in it, to tell whether two videos start from the same."""
-        parts = (self.first_latents, self.intrinsics, self.extrinsics, self.trajectory.times, self.trajectory.poses, self.text, self.text_mask)
-        digest = hashlib.sha256(repr((self.description, self.waypoints_known, [np.shape(part) for part in parts])).encode())
-        for part in parts:
-            digest.update(np.ascontiguousarray(part).tobytes())
-        return digest.hexdigest()
+    def digests(self) -> dict[str, str]:
+        """Hashes of what is in it, to tell whether two videos start from the same and in what they differ."""
+
+        def digest(*parts, more=None):
+            found = hashlib.sha256(repr((more, [np.shape(part) for part in parts])).encode())
+            for part in parts:
+                found.update(np.ascontiguousarray(part).tobytes())
+            return found.hexdigest()
+
+        return {
+            "first frames": digest(self.first_latents), "cameras": digest(self.intrinsics, self.extrinsics),
+            "waypoints": digest(self.trajectory.times, self.trajectory.poses, more=self.waypoints_known),
+            "text": digest(self.text, self.text_mask, more=self.description),
+        }  # fmt: skip
 
 
 def from_scene(scene: dict, start_seconds: float, given: int) -> tuple["Start", np.ndarray]:
@@ -162,6 +169,7 @@ def from_images(images, codec, text_encoder, trajectory: Trajectory, text: str, 
     )  # fmt: skip
 
 
+SEEDS = 2**32  # a random key takes 32 bits: larger seeds would give the videos of smaller ones
 LONGEST = 600  # seconds; a typing error should not ask for a day of video
 
 
@@ -170,6 +178,13 @@ def frame_count(seconds: float, least: int = 1) -> int:
     if not least / FRAME_RATE - 1e-9 <= seconds <= LONGEST:  # False for NaN too
         raise UserError(f"--seconds={seconds:g} must lie between {least / FRAME_RATE:.2g} and {LONGEST}")
     return round(seconds * FRAME_RATE)
+
+
+def check_seed(seed: int) -> int:
+    """The seed itself. Raises `UserError` for one that a random key cannot hold."""
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"--seed={seed} must lie between 0 and {SEEDS - 1}")
+    return seed
 
 
 def covering(trajectory: Trajectory, seconds: float, source: str) -> Trajectory:

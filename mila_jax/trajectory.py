@@ -14,6 +14,7 @@ MANOEUVRES = ("straight", "left", "right", "stop")
 COLUMNS = ("t", "x", "y", "yaw")
 FASTEST = 60.0  # m/s
 QUICKEST_TURN = 2.0  # rad/s; cars turn at most half as fast
+LARGEST = 1e9  # of any number in a file; time stamps in microseconds are beyond it
 LONGEST = 3600.0  # seconds; longer drives are taken for milliseconds
 WIDEST_GAP = 1.0  # seconds; evenly wide steps may be wider, what lies between is a straight line
 
@@ -139,7 +140,15 @@ def read_trajectory(path) -> Trajectory:
             values.append([float(row[c]) for c in COLUMNS])
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path}, row {number}: needs numbers for {', '.join(COLUMNS)} (seconds, metres, metres, radians)") from None
+    if len(values) < 2:
+        raise UserError(f"{path} needs at least two rows of {', '.join(COLUMNS)}, it has {len(values)}")
     values = np.array(values)
-    if len(values) < 2 or (np.diff(values[:, 0]) <= 0).any() or not np.isfinite(values).all():
-        raise UserError(f"{path} needs at least two rows with rising t and finite numbers")
+    strange = np.argwhere(~(np.abs(values) < LARGEST))  # not a number, too
+    if len(strange):
+        row, column = strange[0]
+        raise UserError(f"{path}, row {row + 1}: {COLUMNS[column]} is {values[row, column]:g}, which is no place or time of a drive; give a finite number")
+    falling = np.flatnonzero(np.diff(values[:, 0]) <= 0)
+    if len(falling):
+        row = falling[0] + 1
+        raise UserError(f"{path}, row {row + 1}: t = {values[row, 0]:g} s comes after {values[row - 1, 0]:g} s; t must rise from row to row, sort them")
     return Trajectory(values[:, 0], values[:, 1:])

@@ -10,14 +10,33 @@ from data_pipeline.records import write_atomically
 from mila_jax.errors import UserError
 
 
-def _differences(old, new, prefix=""):
+def differences(old, new, prefix=""):
     """Dotted names of what differs between two trees of plain values, with both values where they are short."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [line for key in sorted(old.keys() | new.keys()) for line in _differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+        return [line for key in sorted(old.keys() | new.keys()) for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
     if old == new:
         return []
     values = f" ({old} then, {new} now)" if len(str(old)) + len(str(new)) < 60 else ""
     return [prefix.rstrip(".") + values]
+
+
+def is_finished(folder, identity: dict, files) -> bool:
+    """Whether the video of `identity` is finished in `folder`, with all of `files` there.
+
+    generate.json, written last, says which video it is. Raises `UserError` if another video is finished there.
+    """
+    record = pathlib.Path(folder) / "generate.json"
+    try:
+        about = json.loads(record.read_text())
+        old = about["identity"]
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} holds a finished video, but {record} does not tell which; remove that folder, or choose another --out") from None
+    different = differences(old, json.loads(json.dumps(identity)))
+    if different:
+        raise UserError(f"{folder} holds another finished video, which differs in {', '.join(different[:4])}; remove that folder, or choose another --out")
+    return all((record.parent / file).exists() for file in files)
 
 
 class Unfinished:
@@ -34,9 +53,9 @@ class Unfinished:
         if record.exists():
             try:
                 old = json.loads(record.read_text())
-            except ValueError:
+            except (OSError, ValueError):
                 old = {}
-            different = _differences(old, identity)
+            different = differences(old, identity)
             if different:
                 raise UserError(
                     f"{self.folder} holds the first windows of another video, which differs in {', '.join(different[:4])}; "
@@ -44,7 +63,10 @@ class Unfinished:
                 )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(record, json.dumps(identity, indent=1).encode())
+            try:
+                write_atomically(record, json.dumps(identity, indent=1).encode())
+            except OSError as error:
+                raise UserError(f"{record} cannot be written ({error.strerror or error}); make room, or choose another --out") from None
 
     def _path(self, number: int) -> pathlib.Path:
         return self.folder / f"window-{number:05d}.npy"
@@ -63,11 +85,18 @@ class Unfinished:
             number += 1
 
     def write(self, number: int, window) -> None:
-        """Keeps window `number`."""
+        """Keeps window `number`. Raises `UserError` if it cannot be written."""
         partial = self._path(number).with_suffix(".tmp")
-        with partial.open("wb") as file:
-            np.save(file, np.asarray(window, np.float32))
-        partial.replace(self._path(number))
+        try:
+            with partial.open("wb") as file:
+                np.save(file, np.asarray(window, np.float32))
+            partial.replace(self._path(number))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise UserError(
+                f"{self._path(number)} cannot be written ({error.strerror or error}); make room and run the same command again, it goes on there"
+            ) from None
 
     def remove(self) -> None:
         """Removes the folder: the video is finished."""

@@ -1,5 +1,6 @@
 """One record per instant: content, resume, TFDS metadata without TensorFlow, and what a broken image or encoder says."""
 
+import pathlib
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ from data_pipeline import records
 from data_pipeline.clips import read_scene
 from data_pipeline.nuscenes.reader import instants, load_image, open_nuscenes
 from mila_jax.errors import UserError
+from mila_jax.prepare import prepare
 from tests import nuscenes_stub as stub
 
 
@@ -137,6 +139,36 @@ def test_broken_image_is_named_and_finished_scenes_stay(tmp_path):
     (tmp_path / "sim" / victim).write_bytes(content)
     stub.encode(tmp_path / "sim", tmp_path / "enc")
     assert len(read_scene(tmp_path / "enc", "scene-0002")["times"]) > 10
+
+
+def test_missing_images_are_told_before_the_first_is_encoded(tmp_path):
+    stub.write(tmp_path / "sim", seconds=2.0)
+    stub.encode(tmp_path / "sim", tmp_path / "enc")
+    files = open_nuscenes(tmp_path / "sim", "v1.0-sim").scenes[1].tracks["CAM_BACK"].files
+    (tmp_path / "sim" / files[3]).unlink()
+    stub.encode(tmp_path / "sim", tmp_path / "enc")  # what is encoded already needs no images
+    for mark in (tmp_path / "enc").glob("*.array_record.json"):
+        mark.unlink()
+    with pytest.raises(UserError, match="is missing, the first of 1 images") as error:
+        stub.encode(tmp_path / "sim", tmp_path / "enc", images=lambda _: pytest.fail("an image was encoded"))
+    assert files[3] in str(error.value)
+
+
+def test_a_finished_data_set_is_not_encoded_over_with_other_settings(small_config):
+    folder = pathlib.Path(small_config.data.dir)
+    before = stub.tree_bytes(folder)
+    other = small_config.copy_and_resolve_references()
+    other.data.image_size = (64, 96)
+    with pytest.raises(UserError, match="image_size .*choose another data.dir"):
+        prepare(other, progress=False)
+    for size in ((0, 48), (-32, 48), (32,)):
+        other.data.image_size = size
+        with pytest.raises(UserError, match=r"data.image_size=\("):
+            prepare(other, progress=False)
+    other.data.image_size, other.data.encode_batch = small_config.data.image_size, 0
+    with pytest.raises(UserError, match="data.encode_batch=0"):
+        prepare(other, progress=False)
+    assert prepare(small_config, progress=False) == [] and stub.tree_bytes(folder) == before
 
 
 def test_encoder_of_another_size_or_with_nan(root, tmp_path):

@@ -1,5 +1,6 @@
 """Generated videos for other tools: a nuScenes data set that our reader opens, ACT-Bench's folder, and what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,9 +9,13 @@ import pytest
 from data_pipeline.nuscenes.reader import instants, load_image, open_nuscenes
 from data_pipeline.clips import read_scene
 from data_pipeline.nuscenes.annotations import read_box_tracks
+from mila_jax import drift_command as drift_command_module
 from mila_jax import export, geometry
+from mila_jax.drift_command import drift_command
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
+from mila_jax.model.autoencoder_weights import Codec
+from mila_jax.prepare import open_codec
 from mila_jax.start import from_scene
 from mila_jax.views import VIEWS
 
@@ -44,7 +49,6 @@ def test_nuscenes_is_read_back(small_config, tmp_path):
     np.testing.assert_allclose(moments[0].intrinsics, arrays["intrinsics"], rtol=1e-5)
     np.testing.assert_allclose(moments[0].cam2ego_translation, arrays["extrinsics"][:, :3], rtol=1e-5)
     from mila_jax.decode import open_decoder
-    from mila_jax.prepare import open_codec
 
     decoded = list(open_decoder(open_codec(small_config), small_config)(arrays["latents"][:, 7:8]))[0]
     for v in range(len(VIEWS)):
@@ -52,6 +56,50 @@ def test_nuscenes_is_read_back(small_config, tmp_path):
         assert np.abs(image.astype(int) - export.resized(decoded[v], (36, 64))).mean() < 8
     with pytest.raises(UserError, match="holds an exported data set already"):
         export.export_command(small_config, [folder], out, format_="nuscenes")
+
+
+def test_what_is_no_finished_video_or_of_another_kind_is_one_line(small_config, tmp_path, monkeypatch):
+    """By export and by drift, before anything is decoded."""
+    monkeypatch.setattr(Codec, "decode", lambda *_: pytest.fail("pictures were decoded before everything was checked"))
+
+    codec = open_codec(small_config)
+    for command in (export, drift_command_module):
+        monkeypatch.setattr(command, "open_codec", lambda config: codec)
+
+    def broken(name, about=None, damage=None, **changes):
+        folder, _ = _video(tmp_path / name, small_config, **changes)
+        record = {"frames": 60, "strategy": "recurrent"} if about is None else about
+        (folder / "generate.json").write_text(record if isinstance(record, str) else json.dumps(record))
+        if damage:
+            damage(folder / "latents.npz")
+        return folder
+
+    r = np.random.default_rng(0)
+    cases = {
+        broken("lacks", damage=lambda path: path.unlink()): "has no finished video",
+        broken("cut", damage=lambda path: path.write_bytes(path.read_bytes()[:5000])): "has no finished video",
+        broken("json", about="{"): "has no finished video",
+        broken("list", about="[]"): "are not as mila generate writes them",
+        broken("empty", about={}): "are not as mila generate writes them",
+        broken("fewer", about={"frames": 61, "strategy": "recurrent"}): "has 60 latents, generate.json tells of 61",
+        broken("poses", poses=np.zeros((59, 3))): "latents.npz has poses",
+        broken("nan", latents=np.full((6, 60, 4, 6, 4), np.nan, np.float16)): "no finite numbers",
+        broken("channels", latents=r.normal(size=(6, 60, 4, 6, 8)).astype(np.float16)): "has latents of",
+        broken("autoencoder", about={"frames": 60, "strategy": "recurrent", "identity": {"autoencoder": ["0", None]}}): "another autoencoder",
+    }
+    for folder, message in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            export.export_command(small_config, [folder], tmp_path / "out", format_="nuscenes")
+        assert str(folder) in str(error.value)
+    cases[broken("size", latents=r.normal(size=(6, 60, 2, 6, 4)).astype(np.float16))] = "has latents of"
+    cases[broken("strategy", about={"frames": 60})] = "does not tell strategy"
+    for folder, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            drift_command(small_config, [folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    codec = dataclasses.replace(codec, sha256="0" * 64)
+    with pytest.raises(UserError, match="encoded with another autoencoder"):
+        drift_command(small_config, [tmp_path / "size"], tmp_path / "out")
 
 
 def _following(folder, config, begin=1.0, frames=50, swerve=0.0):

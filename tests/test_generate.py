@@ -1,7 +1,9 @@
 """From weights to videos, and the command line around it."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -22,6 +24,7 @@ from mila_jax.prepare import open_codec
 from mila_jax.rollout_program import RolloutProgram
 from mila_jax.start import from_scene
 from mila_jax.train.loop import train
+from mila_jax.unfinished import Unfinished
 from mila_jax.views import VIEWS
 
 
@@ -40,7 +43,7 @@ def trained(small_config, tmp_path_factory):
 def run(config, *arguments):
     """The command with the paths of `config`; returns its exit code."""
     settings = [f"--config.generate.weights={config.generate.weights}", f"--config.autoencoder.path={config.autoencoder.path}", "--config.generate.steps=2"]
-    return cli.main([*arguments, "--quiet", *settings])
+    return cli.main([arguments[0], "--quiet", *settings, *arguments[1:]])
 
 
 def test_same_seed_same_video_and_batch_does_not_matter(trained):
@@ -186,6 +189,49 @@ def test_interrupted_generation_goes_on_at_the_last_finished_window(trained, tmp
     assert (tmp_path / "cut" / "video.mp4").read_bytes() == (tmp_path / "whole" / "video.mp4").read_bytes()
 
 
+def test_a_finished_video_is_kept(trained, tmp_path, capsys, monkeypatch):
+    """The same command again tells so and makes nothing; another video is refused; whatever is missing of it is made again."""
+    config, name = trained
+    arguments = ["generate", f"--data={config.data.dir}", f"--scene={name}", f"--out={tmp_path}"]
+    assert run(config, *arguments, "--seconds=0.5") == 0
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    call = RolloutProgram.__call__
+    monkeypatch.setattr(RolloutProgram, "__call__", lambda *_: pytest.fail("a window was begun for a video that is kept"))
+    capsys.readouterr()
+    assert run(config, *arguments, "--seconds=0.5") == 0
+    told = capsys.readouterr()
+    assert "finished" in told.err and told.out.strip() == f"{tmp_path}/video.mp4"
+    for other, key in {
+        "--seed=1": "seed (0 then, 1 now)", "--seconds=1": "frames (6 then, 12 now)", "--text=Night": "start.text", "--waypoints=left": "start.waypoints",
+        "--start=2": "start.first frames", "--config.generate.steps=3": "sampler.steps (2 then, 3 now)", "--config.generate.decode_tile=5": "decode_tile",
+    }.items():  # fmt: skip
+        assert run(config, *arguments, "--seconds=0.5", other) == 2
+        error = capsys.readouterr().err
+        assert "another finished video" in error and key in error and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == made
+    monkeypatch.setattr(RolloutProgram, "__call__", call)
+    (tmp_path / "video.mp4").unlink()
+    assert run(config, *arguments, "--seconds=0.5", "--per-view") == 0
+    assert (tmp_path / "video.mp4").read_bytes() == made["video.mp4"] and (tmp_path / "CAM_BACK.mp4").exists()
+    (tmp_path / "generate.json").write_text("{}")
+    assert run(config, *arguments, "--seconds=0.5") == 2
+    assert "generate.json" in capsys.readouterr().err
+
+
+def test_a_window_that_cannot_be_kept_is_told(tmp_path, monkeypatch):
+    kept = Unfinished(tmp_path / "unfinished", {"seed": 0})
+    kept.write(0, np.zeros((1, 2)))
+
+    def full(file, *_):
+        file.write(b"some")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match="window-00001.npy cannot be written .No space left"):
+        kept.write(1, np.zeros((1, 2)))
+    assert sorted(path.name for path in kept.folder.iterdir()) == ["identity.json", "window-00000.npy"]
+
+
 def test_explain(trained, tmp_path, capsys):
     config, name = trained
     arguments = ["generate", f"--data={config.data.dir}", f"--scene={name}", "--seconds=2", "--explain", "--config.generate.anchor_stride=12"]
@@ -255,6 +301,8 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys, monke
         "--seconds=0 must": ["generate", data, f"--scene={name}", "--seconds=0", out],
         "--seconds=nan must": ["generate", data, f"--scene={name}", "--seconds=nan", out],
         "fast.csv has x, y that move at 500 m/s": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/fast.csv", out],
+        "--seed=-1 must": ["generate", data, f"--scene={name}", "--seed=-1", out],
+        "--seed=4294967296 must": ["generate", data, f"--scene={name}", "--seed=4294967296", out],
         "--speed=90": ["generate", data, f"--scene={name}", "--waypoints=left", "--speed=90", out],
         "CAM_FRONT.png is 49×32": ["generate", f"--frames={tmp_path}/sizes", "--waypoints=stop", out],
         "other proportions": ["generate", f"--frames={tmp_path}/shape", "--waypoints=stop", out],
@@ -266,8 +314,18 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys, monke
         "short.csv ends at 1 s, before": ["generate", f"--frames={tmp_path}/good", f"--waypoints={tmp_path}/short.csv", out],
         "--waypoints must be given": ["generate", f"--frames={tmp_path}/good", out],
         "mesh sizes": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, "--config.mesh.context=3"],
+        "--scene goes with --data": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, f"--scene={name}"],
         "generate.decode_frames=0": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, "--config.generate.decode_frames=0"],
     }
+    for setting in (
+        "generate.steps=0", "generate.steps=-2", "window.tpd_strength=9", "window.tpd_strength=nan", "generate.shift=-1", "generate.shift=inf",
+        "generate.windows_per_call=0", "generate.guidance_text=nan", "generate.guidance_waypoints=-1", "generate.temperature=2", "window.anchor_error=2",
+        "window.anchor_level=0", "autoencoder.temporal='nosuch'",
+    ):  # fmt: skip
+        key, value = setting.split("=")
+        value = value.strip("'")
+        message = f"{setting} " if "anchor" not in key else f"{key}: "
+        cases[message] = ["generate", data, f"--scene={name}", out, f"--config.{key}={value}"]
     for message, arguments in cases.items():
         assert run(config, *arguments) == 2, message
         error = capsys.readouterr().err
@@ -299,7 +357,7 @@ def test_data_of_another_kind_is_noticed(trained, tmp_path):
             generate.check_fits(other, codec, config.data.dir)
 
 
-def test_evaluate_prints_scores(trained, tmp_path, capsys):
+def test_evaluate_prints_scores(trained, tmp_path, capsys, monkeypatch):
     config, _ = trained
     data = [f"--config.data.dir={config.data.dir}", f"--config.data.nuscenes={config.data.nuscenes}", "--config.data.image_size=(32, 48)"]
     assert run(config, "evaluate", *data, "--clips=1", "--seconds=0.5", f"--out={tmp_path}/scores.json") == 0
@@ -307,7 +365,10 @@ def test_evaluate_prints_scores(trained, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == scores
     assert [row["views"] for row in scores["distances"]] == ["multi", "front"]
     assert scores["distances"][0]["FD-EffNetLite0"] > 0 and np.isfinite(scores["reconstruction_psnr_db"])
-    for wrong, message in {"--clips=0": "--clips=0", "--seconds=0.1": "--seconds=0.1", "--seconds=500": "longer than val scene"}.items():
+    (tmp_path / "file").write_text("")
+    unwritable = {f"--out={tmp_path}/file/x.json": "x.json", f"--out={tmp_path}": "it is a folder"}
+    monkeypatch.setattr(RolloutProgram, "__call__", lambda *_: pytest.fail("a window was begun before everything was checked"))
+    for wrong, message in unwritable | {"--clips=0": "--clips=0", "--seconds=0.1": "--seconds=0.1", "--seconds=500": "longer than val scene"}.items():
         assert run(config, "evaluate", *data, wrong) == 2
         assert message in capsys.readouterr().err
 
@@ -377,4 +438,10 @@ def test_unknown_keys_and_commands(capsys, tmp_path):
     with pytest.raises(SystemExit) as error:
         cli.main(["train", "--stepz=5"])
     assert error.value.code == 2
+    capsys.readouterr()
+    for mistake in (["generate", "--seconds=many", "--data=d", "--out=o"], ["generate", "--out=o"], ["nosuch"], ["generate", "--frames=f", "--data=d", "--out=o"]):
+        with pytest.raises(SystemExit) as error:
+            cli.main(mistake)
+        text = capsys.readouterr().err
+        assert error.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1
     assert cli.main([]) == 0

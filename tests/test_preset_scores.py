@@ -3,11 +3,13 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from data_pipeline import presets
+from data_pipeline.nuscenes.reader import open_nuscenes
 from data_pipeline.presets import scenes_of_encoded
 from mila_jax import preset_measures, preset_report, preset_scores, scores
 from mila_jax.cli import main
@@ -60,6 +62,19 @@ def test_networks_by_option(monkeypatch):
     for bad in ("i3d@112", "effnet:squash", "effnet@big"):
         with pytest.raises(UserError, match=f"--network={bad}"):
             PARSE([bad])
+
+
+def test_missing_images_of_a_clip_are_told_before_anything_is_generated(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(preset_scores.PresetBench, "video", lambda *_: pytest.fail("a clip was made before its images were looked for"))
+    root = tmp_path / "nuscenes"
+    shutil.copytree(trained.data.nuscenes, root)
+    config = trained.copy_and_resolve_references()
+    config.data.nuscenes = str(root)
+    lost = open_nuscenes(root, "v1.0-sim").scenes[0].tracks["CAM_BACK"].files[7]
+    (root / lost).unlink()
+    with pytest.raises(UserError, match="is missing, the first of 1 images of the clips") as error:
+        preset_scores.preset_command(config, "short", tmp_path / "a", progress=False)
+    assert lost in str(error.value)
 
 
 def test_scores_with_cards_resumed_and_compared(trained, tmp_path, monkeypatch):
@@ -275,6 +290,9 @@ def test_mistakes_end_in_one_line(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "scores.json").write_text('{"scores": [{"distance": 1}]}')
     with pytest.raises(UserError, match="scores.json is no record"):
+        preset_report.report_command(tmp_path / "w", tmp_path / "w")
+    (tmp_path / "w" / "scores.json").write_text('{"scores": []}')
+    with pytest.raises(UserError, match="scores.json holds no scores"):
         preset_report.report_command(tmp_path / "w", tmp_path / "w")
     with pytest.raises(UserError, match="scores.json is not there"):
         preset_report.report_command(tmp_path / "z", tmp_path / "z")

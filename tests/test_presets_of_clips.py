@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -104,6 +105,22 @@ def test_clips_that_there_are_not(data, capsys):
     assert "known: mila-5369" in capsys.readouterr().err
     assert main(["clips", "--preset=mila-600"]) == 2
     assert "data.nuscenes is not set" in capsys.readouterr().err
+
+
+def test_images_that_a_list_needs_are_looked_for(data, capsys, tmp_path):
+    shutil.copytree(data / "sim", tmp_path / "sim")
+    arguments = ["clips", "--preset=mila-5369", f"--config.data.nuscenes={tmp_path / 'sim'}"]
+    lost = {view: open_nuscenes(tmp_path / "sim", "v1.0-sim").scenes[0].tracks[view].files[9] for view in ("CAM_BACK", "CAM_FRONT")}
+    (tmp_path / "sim" / lost["CAM_BACK"]).unlink()
+    assert main(arguments) == 1
+    text, error = capsys.readouterr()
+    assert "scene-0001" in text and error.count("\n") == 1 and lost["CAM_BACK"] in error and error.startswith("error: 1 of")
+    assert main(["clips", "--preset=vista-5369", arguments[-1]]) == 0  # the front camera alone
+    (tmp_path / "sim" / lost["CAM_FRONT"]).unlink()
+    assert main(["clips", "--preset=vista-5369", arguments[-1]]) == 1 and lost["CAM_FRONT"] in capsys.readouterr().err
+    for folder in ("samples", "sweeps"):
+        shutil.rmtree(tmp_path / "sim" / folder)
+    assert main(arguments) == 0  # tables alone are enough for a list
 
 
 def test_check_reports_what_is_missing(data, capsys, tmp_path):

@@ -57,7 +57,8 @@ def test_files(tmp_path):
 
 @pytest.mark.parametrize(
     "text, match",
-    [("t,x,y\n0,0,0\n", "row 1"), ("t,x,y,yaw\n0,0,0,0\n1,a,0,0\n", "row 2"), ("t,x,y,yaw\n0,0,0,0\n", "two rows"), ("t,x,y,yaw\n1,0,0,0\n0,0,0,0\n", "rising")],
+    [("t,x,y\n0,0,0\n", "row 1"), ("t,x,y,yaw\n0,0,0,0\n1,a,0,0\n", "row 2"), ("t,x,y,yaw\n0,0,0,0\n", "two rows"), ("t,x,y,yaw\n1,0,0,0\n0,0,0,0\n", "row 2: t = 0 s comes after 1 s"),
+     ("t,x,y,yaw\n0,0,0,0\n1,nan,0,0\n", "row 2: x is nan"), ("t,x,y,yaw\n0,0,0,0\n1,5,0,-inf\n", "row 2: yaw is -inf"), ("t,x,y,yaw\n1,1e300,0,0\n2,0,0,0\n", "row 1: x is 1e")],
 )  # fmt: skip
 def test_bad_files_name_file_and_row(tmp_path, text, match):
     (tmp_path / "bad.csv").write_text(text)

@@ -1,13 +1,15 @@
 """What is on disk of a nuScenes version: scenes, frames, gaps, missing files, and which clips it allows (`mila prepare --check`)."""
 
 import collections
+from collections.abc import Iterable
 
 import numpy as np
 
 from data_pipeline import presets
 from data_pipeline.nuscenes.reader import NuScenes
 from data_pipeline.nuscenes.splits import VERSION_SPLITS, official_scenes
-from data_pipeline.storage import join, list_names
+from data_pipeline.storage import is_remote, join, list_names
+from mila_jax.errors import UserError
 from mila_jax.views import VIEWS
 
 LONG_GAP_US = 1.5e6 / 12  # half a frame more than one: a frame is missing between
@@ -54,21 +56,33 @@ def missing_scenes(nusc: NuScenes) -> list[str]:
 
 
 def missing_files(nusc: NuScenes) -> dict[str, dict]:
-    """By camera the images that the tables name and the disk does not have; folders are listed once instead of asked a million times."""
+    """By camera the images that the tables name and the disk does not have."""
+    out = {}
+    for view in VIEWS:
+        lost = absent(nusc.root, (name for scene in nusc.scenes for name in scene.tracks[view].files))
+        if lost:
+            out[view] = {"count": len(lost), "first": lost[:5]}
+    return out
+
+
+def absent(root, names: Iterable[str]) -> list[str]:
+    """Those of the files `names` below `root` that are not there; folders are listed once instead of asked a million times."""
     listed: dict[str, set[str]] = {}
 
     def exists(name: str) -> bool:
         folder, _, file = name.rpartition("/")
         if folder not in listed:
-            listed[folder] = set(list_names(join(nusc.root, folder)))
+            listed[folder] = set(list_names(join(root, folder)))
         return file in listed[folder]
 
-    out = {}
-    for view in VIEWS:
-        lost = [name for scene in nusc.scenes for name in scene.tracks[view].files if not exists(name)]
-        if lost:
-            out[view] = {"count": len(lost), "first": lost[:5]}
-    return out
+    return [name for name in names if not exists(name)]
+
+
+def check_files(root, names: Iterable[str], what: str) -> None:
+    """Raises `UserError` that names the first of `what`'s images that is not there. Those in a bucket are not looked for: listing takes minutes."""
+    lost = [] if is_remote(root) else absent(root, dict.fromkeys(names))
+    if lost:
+        raise UserError(f"{join(root, lost[0])} is missing, the first of {len(lost)} images of {what} that are; mila prepare --check counts them by camera")
 
 
 def is_whole(report: dict) -> bool:

@@ -23,7 +23,7 @@ from mila_jax.flow.anchors import coefficients
 from mila_jax.flow.plan import RolloutPlan, Windows
 from mila_jax.flow.rectified_flow import align
 from mila_jax.flow.sampler import noise_like, sample_keys, sample_window
-from mila_jax.flow.schedules import check_anchor, window_schedule
+from mila_jax.flow.schedules import STRONGEST, check_anchor, window_schedule
 
 STAGES = {"bootstrap": 0, "coarse": 1, "refine": 2}
 KINDS = ("bootstrap", "coarse", "refine", "anchored")  # rows of `Tables`; anchored: a refining window that ends in an anchor
@@ -39,7 +39,8 @@ class SamplerOptions:
     `shift`: strength R of the timestep transform (`timeshift.shift_ratio`), 1 for none; `temperature`: scale of the noise that frames
     start from (1: the model's law; below 1 gives up variety for calm pictures, as with any small generator; anchors are
     re-noised at full strength, since their level says how much noise they hold); `context_level`: level to which the frames that a window
-    starts from are noised and at which they stay, so that the network mends them instead of copying their errors. Raises UserError if σ_a < a.
+    starts from are noised and at which they stay, so that the network mends them instead of copying their errors. Raises UserError naming the setting
+    that is out of its range.
     """
 
     steps: int = 50
@@ -53,10 +54,16 @@ class SamplerOptions:
 
     def __post_init__(self):
         check_anchor(self.a, self.sigma_a)
+        if self.steps < 1:
+            raise UserError(f"generate.steps={self.steps} must be at least 1")
+        if not abs(self.alpha) <= STRONGEST:
+            raise UserError(f"window.tpd_strength={self.alpha:g} must lie between {-STRONGEST:g} and {STRONGEST:g}; 0 is none, the default 0.5")
+        if not 0 < self.shift < math.inf:
+            raise UserError(f"generate.shift={self.shift:g} must be a positive number; 0 is Open-Sora's rule, 1 none")
         if not 0 <= self.temperature <= 1:
-            raise UserError(f"generate.temperature={self.temperature} must lie between 0 and 1")
+            raise UserError(f"generate.temperature={self.temperature:g} must lie between 0 and 1")
         if not 0 <= self.context_level < 1:
-            raise UserError(f"generate.context_level={self.context_level} must lie between 0 and 1")
+            raise UserError(f"generate.context_level={self.context_level:g} must lie between 0 and 1")
 
     def schedule(self, windows: Windows):
         """Levels `[K+1, T]` of a stage's windows (those with an anchor, if there are any)."""

@@ -19,6 +19,7 @@ from mila_jax.errors import UserError
 from mila_jax.flow.timeshift import sampling_times
 
 FAMILIES = ("power", "rational", "exponential")
+STRONGEST = 5.0  # of |α|: beyond it, frames would go through nearly all levels in one step, and far beyond, k overflows float32
 
 
 def log_strength(noisy, alpha):
@@ -62,9 +63,9 @@ def levels(times, frames: int, family: str = "exponential", alpha=0.5):
 def check_anchor(a: float, sigma_a: float) -> None:
     """Raises UserError unless 0 ≤ a < 1, 0 < σ_a ≤ 1 and σ_a ≥ a (below `a` an anchor cannot be re-noised, eq. 12)."""
     if not 0 <= a < 1:
-        raise UserError(f"anchor error a = {a} must be in [0, 1): it is the part of a coarse anchor taken to be wrong (try 0.15)")
+        raise UserError(f"window.anchor_error: anchor error a = {a} must be in [0, 1): it is the part of a coarse anchor taken to be wrong (try 0.15)")
     if not 0 < sigma_a <= 1:
-        raise UserError(f"anchor level sigma_a = {sigma_a} must be in (0, 1] (try 0.4)")
+        raise UserError(f"window.anchor_level: anchor level sigma_a = {sigma_a} must be in (0, 1] (try 0.4)")
     if sigma_a < a:
         raise UserError(f"anchor level sigma_a = {sigma_a} is below the anchor error a = {a}: raise sigma_a or lower a")
 
