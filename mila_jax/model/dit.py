@@ -48,7 +48,6 @@ class DiTConfig:
     new_embeddings: bool = True  # camera, waypoint and frame-time embeddings
     fourier_bands: int = 8
     ray_rotary: bool = False  # rotary embedding of the viewing direction in spatial attention (ours; published weights have none)
-    mixture: bool = False  # of a preconditioned network: by a mixture of motions (mila_jax/model/mixture.py)
     dtype: str = "float32"  # compute type
     remat: str = "none"  # what is kept for the backward pass: mila_jax/model/remat.py
     attention_kernel: str = "xla"  # xla | splash, of spatial attention

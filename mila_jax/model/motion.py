@@ -88,20 +88,15 @@ def look_up(points, own, intrinsics, extrinsics):
     return camera, jnp.clip(jnp.nan_to_num(best), 0, 1)
 
 
-class Places(NamedTuple):
-    """Where each place of frame i lies in frame j: number of the upper left of four neighbours, and fractions of the way to the others. All
-    [b, v, t (i), t (j), h, w], the fractions [..., 1]."""
+def carry(latents, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRIDORS[0]):
+    """Latents of each frame j as the cameras at each frame i would see them.
 
-    corner: jnp.ndarray
-    across: jnp.ndarray
-    down: jnp.ndarray
-
-
-def find_places(waypoints, intrinsics, extrinsics, height: int, width: int, corridor: Corridor = CORRIDORS[0]) -> Places:
-    """Places for `take`; waypoints [b, t, 3], intrinsics [b, v, t, 4], extrinsics [b, v, t, 7] as in `Conditions`."""
-    b, v, t = intrinsics.shape[:3]
+    latents [b, v, t, h, w, c]; waypoints [b, t, 3], intrinsics [b, v, t, 4], extrinsics [b, v, t, 7] as in `Conditions`. Returns
+    [b, v, t (i), t (j), h, w, c]; entries with i = j are the latents themselves.
+    """
+    b, v, t, h, w, c = latents.shape
     waypoints = corridor.way(waypoints)
-    rays = camera_rays(intrinsics, extrinsics, height, width)  # [b, v, i, h, w, 3]
+    rays = camera_rays(intrinsics, extrinsics, h, w)  # [b, v, i, h, w, 3]
     points = corridor_points(extrinsics[..., None, None, :3], rays, corridor)
     yaw = waypoints[..., 2]
     here = jnp.concatenate([waypoints[..., :2], jnp.zeros_like(waypoints[..., :1])], -1)
@@ -111,35 +106,21 @@ def find_places(waypoints, intrinsics, extrinsics, height: int, width: int, corr
     own = jnp.broadcast_to(jnp.arange(v)[None, :, None, None, None, None], there.shape[:-1])
     camera, place = look_up(there, own, *rig)
 
-    x = jnp.clip(place[..., 0] * width - 0.5, 0, width - 1)
-    y = jnp.clip(place[..., 1] * height - 0.5, 0, height - 1)
-    left = jnp.minimum(jnp.floor(x), max(width - 2, 0)).astype(jnp.int32)
-    top = jnp.minimum(jnp.floor(y), max(height - 2, 0)).astype(jnp.int32)
+    # One flat table of rows of c numbers, and four neighbours a point.
+    table = latents.reshape(-1, c)
+    x = jnp.clip(place[..., 0] * w - 0.5, 0, w - 1)
+    y = jnp.clip(place[..., 1] * h - 0.5, 0, h - 1)
+    left, top = jnp.minimum(jnp.floor(x), max(w - 2, 0)).astype(jnp.int32), jnp.minimum(jnp.floor(y), max(h - 2, 0)).astype(jnp.int32)
+    across, down = (x - left)[..., None], (y - top)[..., None]
     sample, frame = jnp.arange(b)[:, None, None, None, None, None], jnp.arange(t)[None, None, None, :, None, None]
-    corner = (((sample * v + camera) * t + frame) * height + top) * width + left
-    return Places(corner, (x - left)[..., None], (y - top)[..., None])
-
-
-def take(latents, places: Places):
-    """Latents [b, v, t, h, w, c] of each frame j at the places of each frame i: [b, v, t (i), t (j), h, w, c]; for i = j, the latents themselves."""
-    t, h, w, c = latents.shape[2:]
-    table = latents.reshape(-1, c)  # one flat table of rows of c numbers, and four neighbours a point
+    corner = (((sample * v + camera) * t + frame) * h + top) * w + left
     right, below = min(1, w - 1), min(1, h - 1) * w
 
     def row(offset):
-        return jnp.take(table, places.corner + offset, axis=0, mode="clip")
+        return jnp.take(table, corner + offset, axis=0, mode="clip")
 
-    upper = row(0) * (1 - places.across) + row(right) * places.across
-    lower = row(below) * (1 - places.across) + row(below + right) * places.across
-    carried = upper * (1 - places.down) + lower * places.down
+    upper = row(0) * (1 - across) + row(right) * across
+    lower = row(below) * (1 - across) + row(below + right) * across
+    carried = upper * (1 - down) + lower * down
     same = jnp.eye(t, dtype=bool)[:, :, None, None, None]
     return jnp.where(same, latents[:, :, :, None], carried)
-
-
-def carry(latents, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRIDORS[0]):
-    """Latents of each frame j as the cameras at each frame i would see them.
-
-    latents [b, v, t, h, w, c]; waypoints [b, t, 3], intrinsics [b, v, t, 4], extrinsics [b, v, t, 7] as in `Conditions`. Returns
-    [b, v, t (i), t (j), h, w, c]; entries with i = j are the latents themselves.
-    """
-    return take(latents, find_places(waypoints, intrinsics, extrinsics, *latents.shape[3:5], corridor))

@@ -3,12 +3,11 @@
 from flax import nnx
 
 from mila_jax.errors import UserError
-from mila_jax.model import mixture
 from mila_jax.model.dit import DiT, DiTConfig
 from mila_jax.model.motion import CORRIDORS
 from mila_jax.model.precondition import Prior, preconditioned
 
-PRECONDITIONS = ("none", "motion", "mixture")
+PRECONDITIONS = ("none", "motion")
 
 
 def dit_config(model, latent_channels: int, image_size, text_width: int, text_length: int, attention=None) -> DiTConfig:
@@ -22,15 +21,12 @@ def dit_config(model, latent_channels: int, image_size, text_width: int, text_le
     sweep = model.get("sweep", 0)  # of no consequence without the motion prior
     if not 0 <= sweep <= len(CORRIDORS):
         raise UserError(f"model.sweep={sweep} must lie between 0 and {len(CORRIDORS)}")
-    if model.precondition == "mixture" and sweep < 2:
-        raise UserError(f"model.precondition=mixture weighs corridors against each other; set model.sweep={sweep} to 2 … {len(CORRIDORS)}")
     config = DiTConfig(
         width=model.width, depth=model.depth, heads=model.heads, patch=tuple(model.patch),
-        in_channels=latent_channels * (1 if model.precondition == "none" else 2 + sweep), out_channels=latent_channels,
+        in_channels=latent_channels * (2 + sweep if model.precondition == "motion" else 1), out_channels=latent_channels,
         text_width=text_width, text_length=text_length, mlp_ratio=model.mlp_ratio, image_size=tuple(image_size),
         input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
-        fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), mixture=model.precondition == "mixture",
-        dtype=model.dtype, remat=model.remat,
+        fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), dtype=model.dtype, remat=model.remat,
         attention_kernel=(attention or {}).get("kernel", "xla"), temporal_kernel=(attention or {}).get("temporal", "xla"),
         text_kernel=(attention or {}).get("text", "xla"),
     )  # fmt: skip
@@ -50,5 +46,4 @@ def make_velocity(graphdef, params, config: DiTConfig, prior: Prior | None = Non
 
     if prior is None:
         return network
-    wrap = mixture.preconditioned if config.mixture else preconditioned
-    return wrap(network, prior, config.in_channels // config.out_channels - 2)
+    return preconditioned(network, prior, config.in_channels // config.out_channels - 2)
