@@ -368,7 +368,8 @@ def test_evaluate_prints_scores(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     unwritable = {f"--out={tmp_path}/file/x.json": "x.json", f"--out={tmp_path}": "it is a folder"}
     monkeypatch.setattr(RolloutProgram, "__call__", lambda *_: pytest.fail("a window was begun before everything was checked"))
-    for wrong, message in unwritable | {"--clips=0": "--clips=0", "--seconds=0.1": "--seconds=0.1", "--seconds=500": "longer than val scene"}.items():
+    wrong_lengths = {"--clips=0": "--clips=0", "--seconds=0.1": "--seconds=0.1", "--seconds=500": "longer than val scene"}
+    for wrong, message in (unwritable | wrong_lengths).items():
         assert run(config, "evaluate", *data, wrong) == 2
         assert message in capsys.readouterr().err
 
