@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--data", metavar="DIR", help="encoded data set; first frames, cameras and text come from --scene")
     source.add_argument("--frames", metavar="DIR", help="folder of first frames of the reference rig: CAM_FRONT/*.jpg or CAM_FRONT*.jpg, and so on")
     generate.add_argument("--scene", metavar="NAME")
-    generate.add_argument("--start", type=float, default=1.0, help="seconds into the scene of the last given frame")
+    generate.add_argument("--start", type=float, help="seconds into the scene of the last given frame (default 1)")
     generate.add_argument("--waypoints", default=None, metavar="W", help="scene, a .csv or .json file, straight, left, right, stop, or none")
     generate.add_argument("--speed", type=float, default=8.0, help="m/s at the start of a named manoeuvre")
     generate.add_argument("--text", default=None, help="scene description")

@@ -213,7 +213,7 @@ def find_start(model, config, codec, options, video=None):
     if options.data:
         if not options.scene:
             raise UserError("--scene is not set; mila prepare's index.json lists the scenes of a data set")
-        start, _ = from_scene(read_scene(options.data, options.scene), options.start, given)
+        start, _ = from_scene(read_scene(options.data, options.scene), 1.0 if options.start is None else options.start, given)
         trajectory = choose_trajectory(options.waypoints, start.trajectory, options.seconds, options.speed)
         if options.text is not None:
             tokens, mask = text_encoder().encode([options.text])
@@ -221,6 +221,8 @@ def find_start(model, config, codec, options, video=None):
         return dataclasses.replace(start, trajectory=trajectory, waypoints_known=known)
     if options.scene:
         raise UserError("--scene goes with --data; --frames are of no recorded scene")
+    if options.start is not None:
+        raise UserError("--start goes with --data; --frames begin a video where they are")
     images = read_frames(options.frames, model.data["image_size"])
     wanted = given if video is None else video.chunks.frame_count(given)
     images = images[:, -(wanted if video is None or images.shape[1] >= wanted else 1) :]  # what is no whole chunk: the last image alone

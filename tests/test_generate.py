@@ -315,6 +315,7 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys, monke
         "--waypoints must be given": ["generate", f"--frames={tmp_path}/good", out],
         "mesh sizes": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, "--config.mesh.context=3"],
         "--scene goes with --data": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, f"--scene={name}"],
+        "--start goes with --data": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, "--start=2"],
         "generate.decode_frames=0": ["generate", f"--frames={tmp_path}/good", "--waypoints=stop", out, "--config.generate.decode_frames=0"],
     }
     for setting in (
