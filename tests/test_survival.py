@@ -1,6 +1,7 @@
 """Runs that are told to leave, killed, fed with broken data or given a full disk, in real processes."""
 
 import json
+import re
 import signal
 
 import jax
@@ -108,8 +109,9 @@ def test_a_full_disk_is_told_and_training_goes_on_until_the_limit(make, hook, re
     """A disk that says it is full, and one whose writes fail half way."""
     config, file = make(hook, save_failures=3, checkpoint_every=1)
     code, err = finish(start(file, f"HOOK={hook}"))
-    # Anywhere in a line: what storage libraries print of their own runs in between.
-    assert code == 2 and "warning: a checkpoint could not be written" in err and "failure 1 of 3" in err and "training goes on at step" in err, err[-3000:]
+    # Anywhere in a line, and either of the two warnings: what storage libraries print of their own runs in between, even within a line.
+    assert code == 2 and "warning: a checkpoint could not be written" in err, err[-3000:]
+    assert re.search(r"training goes on at step \d+, failure [12] of 3", err), err[-3000:]
     assert "error: 3 checkpoints in a row could not be written" in err and "there is none yet" in err and reason in err
     assert max(m["step"] for m in read_metrics(config.train.dir)) >= 2
     if hook == "full_disk":
