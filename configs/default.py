@@ -113,6 +113,7 @@ def get_config() -> ConfigDict:
     c.train.conditioning_fps = "both"  # of windows below 12 Hz: video (first frames at 12 Hz) | same (as the generated ones) | both (half of each)
     c.train.single_frame = 0.1  # share of the 12 Hz windows that start from one frame instead of window.conditioning …
     c.train.single_frame_anchors = False  # … and of the others too
+    c.train.four_frames = 0.0  # share of the windows of every rate that start from four frames
     c.train.trainable = ("*",)  # patterns of parameter names; what none of them names is frozen (mila_jax/train/stages.py)
     c.train.accumulate = 1  # parts that a batch is taken in, one after the other
     c.train.moments = "float32"  # of AdamW: float32 | bfloat16 (half the optimizer's memory, stochastically rounded)

@@ -28,6 +28,7 @@ from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
 from mila_jax.scores import FEATURE_SIZE
 from mila_jax.start import from_scene
+from mila_jax.train.tasks import clip_specs
 from mila_jax.trajectory import coasting
 from mila_jax.views import view_index
 
@@ -247,11 +248,12 @@ def ablate_command(config, out, *, clips: int = 8, long_seconds: float = 4.0, re
     def measured(variant, number):
         return scores(number, cells[variant], real[variant.frames], counts)
 
+    given = sorted({spec.conditioning for spec in clip_specs(bench.model.config)[0]})
     lines = [
         "# Ablations", "",
         f"{clips} clips of {len({name for name, _ in testing})} held-out scenes; α = {best['alpha']:g}, a = {best['a']:g}, σ_a = {best['sigma_a']:g} chosen on "
         f"{len({name for name, _ in tuning})} other scenes. {NAME} (lower is better; not FID, no FVD) of {PICTURES} instants a clip, 95 % bootstrap intervals over clips. "
-        f"The model was trained with {bench.model.config.window.conditioning} conditioning frames.",
+        f"Conditioning frames that the model was trained with: {', '.join(map(str, given))}.",
     ]  # fmt: skip
     record = {"settings": best, "tuned": tuned, "clips": testing, "tables": {}, "directions": []}
     for title, rows in layout.items():

@@ -9,7 +9,7 @@ from flax import nnx
 from mila_jax.model import cpu_gradients
 from mila_jax.model.layers import Linear, gated, gelu_tanh, product
 from mila_jax.model.norms import layer_norm, modulated_norm, rms_norm
-from mila_jax.model.softmax_attention import softmax_attention
+from mila_jax.model.softmax_attention import short_attention, softmax_attention
 
 
 def plain_attention(q, k, v, mask):
@@ -34,15 +34,26 @@ def same(ours, plain, arguments, tolerance=2e-6):
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention(masked):
     mask = jnp.arange(7) < jnp.array([[[7]], [[4]]]) if masked else None  # [2, 1, 7]
-    same(lambda *a: softmax_attention(*a, mask), lambda *a: plain_attention(*a, mask), random((2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)))
+    seen = None if mask is None else mask[..., None, :]
+    same(lambda *a: softmax_attention(*a, seen), lambda *a: plain_attention(*a, mask), random((2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)))
 
 
 def test_attention_with_several_axes_of_queries():
     q, k, v = random((2, 3, 5, 2, 4), (2, 3, 7, 4), (2, 3, 7, 4))
     mask = jnp.arange(7) < jnp.array([[[7]], [[4]]])
     same(
-        lambda *a: softmax_attention(*a, mask).reshape(2, 3, 10, 4), lambda q, k, v: plain_attention(q.reshape(2, 3, 10, 4), k, v, mask), (q, k, v)
+        lambda *a: softmax_attention(*a, mask[..., None, None, :]).reshape(2, 3, 10, 4),
+        lambda q, k, v: plain_attention(q.reshape(2, 3, 10, 4), k, v, mask), (q, k, v),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("places, frames", [(6, 4), (7, 3), (40, 30), (2, 70)])  # in one product; all; two places in each of 20; one in each
+def test_attention_at_many_places(places, frames):
+    """Over the frames of each place, whatever the number of places that share a product."""
+    q, k, v = random(*((2, places, frames, 3, 4),) * 3)
+    apart = [jnp.swapaxes(y, -3, -2) for y in (q, k, v)]
+    same(short_attention, lambda q, k, v: jnp.swapaxes(plain_attention(*(jnp.swapaxes(y, -3, -2) for y in (q, k, v)), None), -3, -2), (q, k, v))
+    np.testing.assert_allclose(short_attention(q, k, v)[1, 1], jnp.swapaxes(plain_attention(*(y[1, 1] for y in apart), None), -3, -2), atol=2e-6)
 
 
 def test_attention_where_nothing_may_be_seen_is_finite():

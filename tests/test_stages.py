@@ -68,7 +68,21 @@ def test_kinds_of_windows_of_the_default_are_those_that_generation_uses():
     assert [task_name(s) for s in specs] == ["12Hz_from_2", "12Hz_from_1", "2Hz_from_2", "2Hz_from_2_at_2Hz"]
 
 
-@pytest.mark.parametrize("key, value", [("conditioning_fps", "none"), ("single_frame", 1.5), ("fps", (12.0,))])
+def test_windows_from_four_frames_take_their_share_of_every_rate():
+    c = load_config("configs/tiny.py", ["--config.train.four_frames=0.25"])
+    specs, shares = clip_specs(c)
+    assert [task_name(s) for s in specs] == [
+        "12Hz_from_2", "12Hz_from_4", "12Hz_from_1", "2Hz_from_2", "2Hz_from_4", "2Hz_from_2_at_2Hz", "2Hz_from_4_at_2Hz"
+    ]  # fmt: skip
+    np.testing.assert_allclose(shares, [0.26, 0.1, 0.04, 0.225, 0.075, 0.225, 0.075])
+
+
+def test_windows_too_short_for_four_frames():
+    with pytest.raises(UserError, match="train.four_frames=0.25 needs windows of more than 4 frames"):
+        clip_specs(load_config("configs/tiny.py", ["--config.train.four_frames=0.25", "--config.window.frames=4"]))
+
+
+@pytest.mark.parametrize("key, value", [("conditioning_fps", "none"), ("single_frame", 1.5), ("fps", (12.0,)), ("four_frames", 0.95)])
 def test_bad_kinds_of_windows(key, value):
     c = load_config("configs/tiny.py")
     c.train[key] = value

@@ -7,6 +7,7 @@ instead, which is small.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def _dot(a, b, a_axes, b_axes, batch: int):
@@ -20,7 +21,7 @@ def _dot(a, b, a_axes, b_axes, batch: int):
 def softmax_attention(q, k, v, mask):
     """softmax(q · k) v, softmax in float32; scaling of q is the caller's.
 
-    q: [*batch, *queries, e], k and v: [*batch, s, e], mask: [*batch, s] bool (True = may be seen; broadcastable) or None.
+    q: [*batch, *queries, e], k and v: [*batch, s, e], mask: [*batch, *queries, s] bool (True = may be seen; broadcastable) or None.
     Returns [*batch, *queries, e] in the type of v.
     """
     return _forward(q, k, v, mask)[0]
@@ -31,7 +32,7 @@ def _forward(q, k, v, mask):
     scores = _dot(q, k, (last,), (k.ndim - 1,), batch)
     if mask is not None:
         # Added, not selected: the compiler then keeps product and softmax in one piece.
-        scores += jnp.where(mask, 0.0, -1e30).reshape(mask.shape[:-1] + (1,) * (q.ndim - batch - 1) + mask.shape[-1:])
+        scores += jnp.where(mask, 0.0, -1e30)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     # The sum divides the result, a head's few elements, and not the weights, of which there is one for each key.
     inverse = 1 / weights.sum(-1, keepdims=True)
@@ -54,3 +55,21 @@ def _backward(saved, g):
 
 
 softmax_attention.defvjp(_forward, _backward)
+
+
+TOKENS = 64  # of one product
+
+
+def short_attention(q, k, v):
+    """The same over few tokens at many places: q, k and v [..., places, t, k, e], attention over t. Returns an array of that shape.
+
+    A product of its own for every place and head takes far longer to start than to compute. Some places share one, as many as
+    make about `TOKENS` tokens, under a mask by which none sees another's.
+    """
+    places, t = q.shape[-4:-2]
+    together = max(n for n in range(1, max(TOKENS // t, 1) + 1) if places % n == 0)
+    shape = q.shape[:-4] + (places // together, together * t) + q.shape[-2:]
+    q, k, v = (jnp.swapaxes(y.reshape(shape), -3, -2) for y in (q, k, v))
+    place = np.arange(together * t) // t
+    y = softmax_attention(q, k, v, place[:, None] == place if together > 1 else None)
+    return jnp.swapaxes(y, -3, -2).reshape(*shape[:-4], places, t, *shape[-2:])
