@@ -62,6 +62,12 @@ def test_attention_where_nothing_may_be_seen_is_finite():
     assert all(bool(jnp.isfinite(g).all()) for g in grads)
 
 
+@pytest.mark.parametrize("sizes, expected", [((1, 1, 1, 1), True), ((2, 1, 1, 1), True), ((1, 1, 2, 1), False), ((2, 2, 1, 1), False)])
+def test_devices_with_samples_of_their_own_compile_like_one_cpu(sizes, expected):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(sizes, ("data", "fsdp", "context", "tensor"))):
+        assert cpu_gradients.for_one_cpu() == expected
+
+
 def test_gelu():
     same(gelu_tanh, lambda x: jax.nn.gelu(x, approximate=True), random((50,)))
 

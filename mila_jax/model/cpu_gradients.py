@@ -15,9 +15,12 @@ from mila_jax.model.splash import device_kind
 
 
 def for_one_cpu() -> bool:
-    """Whether the program being traced is for a single CPU device (several, as in tests of sharding, compile like accelerators)."""
+    """Whether the program being traced is for a single CPU device, or for several with samples of their own each (`mesh.data`).
+
+    Split in any other way, as in tests of sharding, programs compile like those for accelerators.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return device_kind() == "cpu" and (mesh.empty or mesh.size == 1)
+    return device_kind() == "cpu" and (mesh.empty or mesh.size == mesh.shape.get("data", 1))
 
 
 def gradient_on_cpu(backward):
