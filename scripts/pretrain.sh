@@ -48,7 +48,7 @@ stage 2 "$runs/stage1/model.safetensors" $first --config.train.steps=900 --confi
   --config.train.fps_weights="(0.4,0.5,0.1)"
 stage 3 "$runs/stage2/model.safetensors" $first --config.train.steps=1300 --config.train.warmup=30 --config.train.fps_weights="(0.45,0.5,0.05)"
 # The third stage goes on with corridors that move as traffic does, and with windows from four frames.
-stage 3b "$runs/stage3/model.safetensors" --config.train.steps=1700 --config.train.warmup=50 --config.train.fps_weights="(0.4,0.55,0.05)" \
+stage 3b "$runs/stage3/model.safetensors" --config.train.steps=1300 --config.train.warmup=50 --config.train.fps_weights="(0.4,0.55,0.05)" \
   --config.train.single_frame=0.15 --config.train.four_frames=0.2 --config.seed=2 "$@"
 echo "$autoencoder"
 echo "$runs/stage3b/model.safetensors"
