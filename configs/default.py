@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     c.data.version = "v1.0-sim"
     c.data.dir = placeholder(str)  # folder of the encoded data set
     c.data.image_size = (224, 400)  # pixels (height, width); images of another size are resized
+    c.data.foreground = False  # also where vehicles are, from the annotated boxes (for train.foreground_weight)
     c.data.encode_batch = 24  # images at a time, over all devices of a host
     c.data.workers = 1  # encoding processes on this machine (CPUs only; an accelerator belongs to one process)
 
@@ -92,6 +93,7 @@ def get_config() -> ConfigDict:
     c.train.steps = 20_000
     c.train.minutes = 0.0  # > 0: stop cleanly after so many minutes
     c.train.batch = 64  # samples a step, over all devices
+    c.train.optimizer = "adamw"  # adamw | muon (the matrices of the blocks by Muon, everything else by AdamW)
     c.train.learning_rate = 1e-4
     c.train.warmup = 1000  # steps, linear
     c.train.decay = False  # cosine to a twentieth of the learning rate at train.steps
@@ -114,9 +116,10 @@ def get_config() -> ConfigDict:
     c.train.single_frame = 0.1  # share of the 12 Hz windows that start from one frame instead of window.conditioning …
     c.train.single_frame_anchors = False  # … and of the others too
     c.train.four_frames = 0.0  # share of the windows of every rate that start from four frames
+    c.train.foreground_weight = 0.0  # how many times more places count in the loss that vehicles cover (needs data.foreground; ours)
     c.train.trainable = ("*",)  # patterns of parameter names; what none of them names is frozen (mila_jax/train/stages.py)
     c.train.accumulate = 1  # parts that a batch is taken in, one after the other
-    c.train.moments = "float32"  # of AdamW: float32 | bfloat16 (half the optimizer's memory, stochastically rounded)
+    c.train.moments = "float32"  # of the optimizer: float32 | bfloat16 (half the optimizer's memory, stochastically rounded)
     c.train.explode = 10.0  # a loss this many times the average is not believed: the step is skipped, like one that is no number
     c.train.skip_limit = 20  # steps skipped in a row after which the run stops
     c.train.checkpoint_every = 500

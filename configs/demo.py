@@ -18,9 +18,6 @@ def get_config():
     c.train.checkpoint_every = 100
     c.train.eval_every = 200
     c.train.eval_batches = 1
-    # From four frames: 83 ms of two tell too little of how fast other cars go. Windows have as many new frames as those of two.
-    c.train.four_frames = 0.2
-    c.generate.conditioning, c.generate.window = 4, 10
     c.train.eval_picture = False  # the report shows the video itself
     c.train.ema = 0.99
     return c

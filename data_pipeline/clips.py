@@ -113,13 +113,21 @@ class ClipSource:
         weights: Sequence[float] | None = None,
         tolerance: float = HALF_FRAME,
         cache_bytes: int = 2**31,
+        foreground: bool = False,
     ):
-        """weights: one number per spec, equal when None. tolerance: seconds. cache_bytes: decoded records kept in memory.
+        """weights: one number per spec, equal when None. tolerance: seconds. cache_bytes: decoded records kept in memory. foreground: clips
+        tell where vehicles are.
 
-        Raises UserError for specs that do not fit each other or the data (with the longest possible), and for a data set that
-        is missing, unfinished or damaged.
+        Raises UserError for specs that do not fit each other or the data (with the longest possible), for a data set that
+        is missing, unfinished or damaged, and for one that does not know where vehicles are if that is wanted.
         """
         self.index, self.reader = records.open_split(dataset_dir, split)
+        self.foreground = foreground
+        if foreground and not records.has_foreground(self.index.meta):
+            raise UserError(
+                f"{dataset_dir} does not tell where vehicles are, which train.foreground_weight needs; set it to 0, or `mila prepare` into another "
+                "folder with --config.data.foreground=True"
+            )
         self.specs = tuple(dataclasses.replace(spec, chunks=chunks_of(self.index.meta)) for spec in specs)
         self.weights = check_specs(self.specs, weights)
         self.text, self.text_mask = records.read_text(dataset_dir, len(self.index.scenes))
@@ -160,7 +168,7 @@ class ClipSource:
         latents [v, t, h, w, c] normalised; intrinsics [v, t, 4] fractions (fx, fy, cx, cy); extrinsics [v, t, 7] camera to ego,
         translation in metres and quaternion; waypoints [t, 3] (x, y metres, yaw radians) and frame_times [t] seconds, both
         relative to the last conditioning frame and of CAM_FRONT's record; fps []; conditioning int32 []: the number of
-        clean frames; text [l, e], text_mask bool [l].
+        clean frames; text [l, e], text_mask bool [l]; if wanted, foreground uint8 [v, t, h, w]: how much of each place vehicles cover, of 255.
         """
         return {name: values[0] for name, values in self.batch([item]).items()}
 
@@ -171,7 +179,8 @@ class ClipSource:
         latents = np.empty((len(found), 6, self.specs[0].frames, *self.latent_shape), np.float16)
         raw = self.reader.read_arrays(numbers, latents, self.cache.get)
         texts = self.text_of([int(self.clips[s][0][row]) for s, row in found])
-        return {"latents": latents} | make_batch([self.specs[s] for s, _ in found], raw) | dict(zip(("text", "text_mask"), texts))
+        out = {"latents": latents} | make_batch([self.specs[s] for s, _ in found], raw) | dict(zip(("text", "text_mask"), texts))
+        return out | {"foreground": np.ascontiguousarray(raw["foreground"].swapaxes(1, 2))} if self.foreground else out
 
     def locate(self, item: int) -> tuple[int, int]:
         """(number of the spec, row in its list of clips) of an item."""

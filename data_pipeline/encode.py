@@ -8,6 +8,7 @@ nothing of the others. Whoever finds all shards complete writes the index. The o
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -20,6 +21,7 @@ import tqdm
 
 from data_pipeline import records
 from data_pipeline.example import serialise_example
+from data_pipeline.foreground import foreground_of, read_vehicles
 from data_pipeline.nuscenes.check import check_files
 from data_pipeline.nuscenes.reader import instants, load_image
 from data_pipeline.storage import Folder, join
@@ -120,7 +122,7 @@ def finish(encoder: "SceneEncoder", encode_text) -> list[str]:
     if missing:
         return missing
     write_text(encoder.out, found, encode_text)
-    write_metadata(encoder.out, found, encoder.job["latent_shape"])
+    write_metadata(encoder.out, found, encoder.job["latent_shape"], records.has_foreground(encoder.job["meta"]))
     sizes = {key: tuple(encoder.job[key]) for key in ("latent_shape", "image_size")}
     index = records.Index(scenes=found, **{**encoder.job, **sizes})
     encoder.out.write("index.json", msgspec.json.encode(index))
@@ -133,7 +135,7 @@ class SceneEncoder:
     def __init__(self, nusc, out_dir, encode_images, job: dict, batch: int, video=None):
         """video: a `VideoCodec` on top of the pictures' autoencoder, or None; `job["latent_shape"]` then is of its latents."""
         self.nusc, self.out, self.encode_images, self.job, self.batch, self.video = nusc, Folder(out_dir), encode_images, job, batch, video
-        self.fields = records.record_fields(job["latent_shape"])
+        self.fields = records.record_fields(job["latent_shape"], records.has_foreground(job["meta"]))
         self.picture_shape = tuple(job["latent_shape"] if video is None else video.pictures.latent_shape(*job["image_size"]))
         self.shift = np.asarray(job["latent_shift"], np.float32)
         self.scale = np.asarray(job["latent_scale"], np.float32)
@@ -203,6 +205,11 @@ class SceneEncoder:
         self.out.write(f"{shard}.json", msgspec.json.encode(entry))
         return entry
 
+    @functools.cached_property
+    def vehicles(self) -> dict:
+        """Boxes by scene token, read when the first scene is encoded."""
+        return read_vehicles(self.nusc)
+
     def fingerprint(self, number: int, moments) -> str:
         """A hash of everything that the shard's content depends on, but the pixels themselves."""
         scene = self.nusc.scenes[number]
@@ -212,6 +219,8 @@ class SceneEncoder:
             digest.update("\n".join(moment.files).encode())
             for field in ("timestamps_us", "intrinsics", *POSES):
                 digest.update(np.ascontiguousarray(getattr(moment, field)).tobytes())
+        for array in self.vehicles.get(scene.token, ()) if "foreground" in self.fields else ():
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
     def through_time(self, scene, moments, latents) -> tuple[list, np.ndarray]:
@@ -271,6 +280,7 @@ class SceneEncoder:
     def write_records(self, writer, number: int, moments, latents) -> int:
         """Writes one record per instant; returns their bytes."""
         size = 0
+        vehicles = self.vehicles.get(self.nusc.scenes[number].token) if "foreground" in self.fields else None
         for i, moment in enumerate(moments):
             record = {
                 "latents": latents[i],
@@ -280,6 +290,8 @@ class SceneEncoder:
                 "scene": number,
                 "instant": i,
             }
+            if "foreground" in self.fields:
+                record["foreground"] = foreground_of(vehicles, moment, self.fields["foreground"][1][1:])
             data = serialise_example(record, self.fields)
             size += len(data)
             writer.write(data)
@@ -298,7 +310,7 @@ def write_text(out: Folder, scenes, encode_text) -> None:
     out.write("text.npz", content.getvalue())
 
 
-def write_metadata(out: Folder, scenes, latent_shape) -> None:
+def write_metadata(out: Folder, scenes, latent_shape, foreground: bool) -> None:
     """dataset_info.json and features.json, so that TFDS opens the folder."""
     import tensorflow_datasets as tfds
 
@@ -318,7 +330,7 @@ def write_metadata(out: Folder, scenes, latent_shape) -> None:
             )
         tfds.folder_dataset.write_metadata(
             data_dir=scratch,
-            features=records.make_features(latent_shape),
+            features=records.make_features(latent_shape, foreground),
             split_infos=infos,
             filename_template=records.filename_template(scratch, infos[0].name),
             check_data=False,  # the check needs TensorFlow

@@ -37,10 +37,11 @@ FILENAME_TEMPLATE = "{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
 AGAIN = "run `mila prepare` again"
 
 
-def record_fields(latent_shape) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def record_fields(latent_shape, foreground: bool = False) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Name → (dtype, shape) of what a record holds; latent_shape (h, w, c).
 
-    Latents are normalised; poses as in nuScenes (metres, w first); `scene`, `instant`: numbers in the index.
+    Latents are normalised; poses as in nuScenes (metres, w first); `scene`, `instant`: numbers in the index; `foreground`, in data sets that
+    have it: how much of each place vehicles cover (data_pipeline/foreground.py).
     """
     shapes = {
         "latents": (np.float16, (6, *latent_shape)),
@@ -53,11 +54,18 @@ def record_fields(latent_shape) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         "scene": (np.int64, ()),
         "instant": (np.int64, ()),
     }
+    if foreground:
+        shapes["foreground"] = (np.uint8, (6, *latent_shape[:2]))
     return {name: (np.dtype(dtype), shape) for name, (dtype, shape) in shapes.items()}
 
 
-def make_features(latent_shape):
-    """TFDS features of a record; latent_shape (h, w, c)."""
+def has_foreground(meta: dict) -> bool:
+    """Whether the records of a data set with this `meta` tell where vehicles are."""
+    return "foreground" in meta
+
+
+def make_features(latent_shape, foreground: bool = False):
+    """TFDS features of a record; arguments as of `record_fields`."""
     import tensorflow_datasets as tfds
 
     def feature(dtype, shape):
@@ -65,7 +73,7 @@ def make_features(latent_shape):
             return tfds.features.Scalar(dtype.type)
         return tfds.features.Tensor(shape=shape, dtype=dtype.type, encoding="bytes")
 
-    return tfds.features.FeaturesDict({name: feature(*field) for name, field in record_fields(latent_shape).items()})
+    return tfds.features.FeaturesDict({name: feature(*field) for name, field in record_fields(latent_shape, foreground).items()})
 
 
 def filename_template(directory, split: str):
@@ -154,7 +162,7 @@ class SplitReader:
         self.numbers = [i for i, s in enumerate(index.scenes) if s.split == split]  # of each scene in the index: its row in text.npz
         self.scenes = [index.scenes[i] for i in self.numbers]
         self.first = np.cumsum([0] + [len(s.timestamps_us) for s in self.scenes])  # number of each scene's first record
-        self.fields = record_fields(index.latent_shape)
+        self.fields = record_fields(index.latent_shape, has_foreground(index.meta))
         self._bounds = self.first.tolist()
         self._piece = max(1, PIECE // sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.fields.values()))
         self._layouts: dict[int, Layout] = {}  # by a record's length

@@ -75,6 +75,8 @@ def open_encoder(config):
     meta = {"autoencoder_sha256": codec.sha256, "text_encoder": text.name, "source": config.data.version}
     if digest := getattr(text, "sha256", None):
         meta["text_sha256"] = digest
+    if config.data.get("foreground", False):
+        meta["foreground"] = "vehicles"
     video = open_video_codec(config, codec)
     if video is not None:
         meta |= {"temporal": video.kind, "temporal_sha256": video.sha256}

@@ -62,9 +62,11 @@ def small_config(tmp_path_factory):
     config.autoencoder.path = str(root / "autoencoder.safetensors")
     config.text.encoder, config.text.length = "table", 8
     config.model.width, config.model.depth, config.model.heads, config.model.fourier_bands = 16, 1, 2, 2
+    config.window.frames, config.window.conditioning = 8, 2
     config.train.batch, config.train.steps, config.train.warmup, config.train.log_every = 4, 8, 2, 2
     config.train.checkpoint_every, config.train.eval_every, config.train.eval_batches = 4, 0, 1
-    config.train.fps, config.train.fps_weights = (12.0, 2.0), (0.6, 0.4)
+    config.train.fps, config.train.fps_weights, config.train.single_frame = (12.0, 2.0), (0.6, 0.4), 0.1
+    config.train.optimizer = "adamw"
     config.generate.steps = 2
     simulate(config.data.nuscenes, SimulatorConfig(scenes=3, seconds=7.0, height=32, width=48), False, stub.World, stub.Renderer)
     sizes = AutoencoderConfig(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, pixel_unshuffle=4)

@@ -61,15 +61,18 @@ def test_an_unknown_stage_and_settings_over_a_stage():
     assert load_config("configs/xl.py:stage1", ["--config.train.steps=5"]).train.steps == 5
 
 
+FROM_TWO = ("--config.window.conditioning=2", "--config.train.four_frames=0.25")
+
+
 def test_kinds_of_windows_of_the_default_are_those_that_generation_uses():
     specs, shares = clip_specs(load_config("configs/tiny.py"))
-    assert specs == [ClipSpec(8, 2, 12.0), ClipSpec(8, 1, 12.0), ClipSpec(8, 2, 2.0), ClipSpec(8, 2, 2.0, 2.0)]
-    np.testing.assert_allclose(shares, [0.36, 0.04, 0.3, 0.3])
-    assert [task_name(s) for s in specs] == ["12Hz_from_2", "12Hz_from_1", "2Hz_from_2", "2Hz_from_2_at_2Hz"]
+    assert specs == [ClipSpec(10, 4, 12.0), ClipSpec(10, 1, 12.0), ClipSpec(10, 4, 2.0), ClipSpec(10, 4, 2.0, 2.0)]
+    np.testing.assert_allclose(shares, [0.32, 0.08, 0.3, 0.3])
+    assert [task_name(s) for s in specs] == ["12Hz_from_4", "12Hz_from_1", "2Hz_from_4", "2Hz_from_4_at_2Hz"]
 
 
 def test_windows_from_four_frames_take_their_share_of_every_rate():
-    c = load_config("configs/tiny.py", ["--config.train.four_frames=0.25"])
+    c = load_config("configs/tiny.py", [*FROM_TWO, "--config.train.single_frame=0.1"])
     specs, shares = clip_specs(c)
     assert [task_name(s) for s in specs] == [
         "12Hz_from_2", "12Hz_from_4", "12Hz_from_1", "2Hz_from_2", "2Hz_from_4", "2Hz_from_2_at_2Hz", "2Hz_from_4_at_2Hz"
@@ -79,7 +82,9 @@ def test_windows_from_four_frames_take_their_share_of_every_rate():
 
 def test_windows_too_short_for_four_frames():
     with pytest.raises(UserError, match="train.four_frames=0.25 needs windows of more than 4 frames"):
-        clip_specs(load_config("configs/tiny.py", ["--config.train.four_frames=0.25", "--config.window.frames=4"]))
+        clip_specs(load_config("configs/tiny.py", [*FROM_TWO, "--config.window.frames=4"]))
+    with pytest.raises(UserError, match="set it to 0 for window.frames=10, window.conditioning=4"):
+        clip_specs(load_config("configs/tiny.py", ["--config.train.four_frames=0.25"]))
 
 
 @pytest.mark.parametrize("key, value", [("conditioning_fps", "none"), ("single_frame", 1.5), ("fps", (12.0,)), ("four_frames", 0.95)])

@@ -1,4 +1,4 @@
-"""The training step on a small random model: accumulation, skipped steps, frozen parameters, moments in bfloat16."""
+"""The training step on a small random model: accumulation, skipped steps, frozen parameters, moments in bfloat16, Muon."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ from flax import nnx
 
 from mila_jax.errors import UserError
 from mila_jax.parallel.mesh import make_mesh
-from mila_jax.train.optimizer import in_bfloat16, make_optimizer, round_stochastically
+from mila_jax.train.optimizer import in_bfloat16, like_parameters, make_optimizer, round_stochastically
 from mila_jax.train.stages import describe, resolve
-from mila_jax.train.state import abstract_model, create_state
+from mila_jax.train.state import abstract_model, create_state, state_shardings
 from mila_jax.train.step import YOUNG, draw, gradients, split_batch, train_step
 from tests.parallel_probe import CONFIG, OBJECTIVE, make_clip
 
@@ -182,6 +182,69 @@ def test_unknown_moments(small_config):
     train = small_config.train.copy_and_resolve_references()
     train.moments = "float16"
     with pytest.raises(UserError, match="train.moments"):
+        make_optimizer(train)
+
+
+def muon(config, **changes):
+    train = config.train.copy_and_resolve_references()
+    train.update(dict(optimizer="muon", warmup=0, decay=False, learning_rate=1e-2, **changes))
+    return make_optimizer(train)
+
+
+def test_muon_steps_along_all_directions_of_a_matrix_alike(mesh, parameters, small_config):
+    tx = muon(small_config)
+    before = make_state(mesh, parameters, tx=tx)
+    after, metrics = make_step(tx=tx)(before, make_clip(), KEY)
+    assert int(metrics["skipped"]) == 0
+    old, width = dict(nnx.to_flat_state(before.params)), TINY.width
+    steps = {path: np.asarray(v[...]) - np.asarray(old[path][...]) for path, v in nnx.to_flat_state(after.params)}
+
+    def spread(matrix):  # of the singular values, over the learning rate and the size that gives steps a root mean square of 0.2
+        return np.linalg.svd(matrix, compute_uv=False) / (1e-2 * 0.2 * max(matrix.shape) ** 0.5)
+
+    for name in ("attn", "cross"):
+        fused = steps[("pairs", "spatial", name, "qkv" if name == "attn" else "kv")]
+        for pair in range(TINY.depth):
+            for which in range(fused.shape[2]):  # queries, keys and values are matrices of their own
+                values = spread(fused[pair, :, which].reshape(width, -1))
+                values = values[values > 0.01]  # a few tokens of text give a gradient of few directions
+                assert len(values) >= 4 and 0.4 < np.median(values) < 1.3 and values.max() < 1.4
+    values = spread(steps[("pairs", "temporal", "mlp", "fc1", "kernel")][1])
+    assert values.min() > 0.3 and values.max() < 1.4
+    # Everything else goes as with Adam: the first step is the learning rate everywhere, whatever the gradient (with Nesterov momentum, more).
+    for path in (("final", "kernel"), ("pairs", "spatial", "table"), ("pairs", "spatial", "attn", "qkv_bias")):
+        moved = np.abs(steps[path])[np.abs(steps[path]) > 1e-6]
+        assert moved.size and np.median(moved) == pytest.approx(1.4737e-2, rel=0.02)
+
+
+def test_moments_of_muon_lie_as_their_parameters(small_config):
+    mesh = make_mesh(dict(data=1, fsdp=1, context=1, tensor=1), jax.devices()[:1])
+    tx = muon(small_config)
+    trainable = resolve(abstract_model(TINY)[1], ("pairs[-1].*", "final.*"), TINY.depth)
+    trained = jax.eval_shape(trainable.select, abstract_model(TINY)[1])
+    marks, state = jax.tree.map(lambda x: str(x.shape), trained), jax.eval_shape(tx.init, trained)
+    laid = like_parameters(tx, state, marks, "else")
+    pairs = list(zip(jax.tree.leaves(state), jax.tree.leaves(laid), strict=True))
+    assert {name for _, name in pairs} == {*jax.tree.leaves(marks), "else"}
+    assert all(name in (str(x.shape), "else") and (name == "else") == (x.shape in ((), (3,))) for x, name in pairs)
+    shardings = state_shardings(mesh, TINY, tx, trainable)
+    assert jax.tree.structure(shardings.opt_state) == jax.tree.structure(state)
+
+
+def test_muon_with_moments_in_bfloat16_keeps_its_constants(mesh, parameters, small_config):
+    tx = muon(small_config, moments="bfloat16")
+    step, state = make_step(tx=tx), make_state(mesh, parameters, tx=tx)
+    constants = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.float32]
+    state, metrics = step(state, make_clip(), KEY)
+    assert np.isfinite(metrics["loss"]) and {x.shape for x in constants} == {(3,)}
+    assert same(constants, [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.float32])
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(state.opt_state) if x.ndim > 1)
+
+
+def test_unknown_optimizer(small_config):
+    train = small_config.train.copy_and_resolve_references()
+    train.optimizer = "sgd"
+    with pytest.raises(UserError, match="train.optimizer='sgd' is unknown; use one of adamw, muon"):
         make_optimizer(train)
 
 

@@ -58,23 +58,27 @@ class MaskedLoss(NamedTuple):
     sample_count: jax.Array
 
 
-def masked_loss(prediction, target, mask) -> MaskedLoss:
+def masked_loss(prediction, target, mask, weight=None) -> MaskedLoss:
     """L = Σ M ‖v − v_θ‖² / Σ M (paper eq. 15): every noisy latent value counts once, whichever sample it is in.
 
     `prediction`, `target` `[B, V, T, h, w, c]`; `mask` bool or 0/1 `[B, T]` or `[B, V, T]`, true where the frame is noisy
     (anchors included), false on clean conditioning frames. Computed in float32. An empty mask gives mean 0, not NaN.
-    Open-Sora 1.2 averages per sample first: that is `mean(sample_sum / sample_count)`.
+    Open-Sora 1.2 averages per sample first: that is `mean(sample_sum / sample_count)`. `weight` (ours), `[B, V, T, h, w]`: how often the
+    values of a place count, in sums and counts, in place of once.
     """
     mask = jnp.asarray(mask, jnp.float32)
     if mask.ndim == 2:
         mask = mask[:, None]
     mask = jnp.broadcast_to(mask, prediction.shape[:3])
     error = jnp.square(jnp.asarray(prediction, jnp.float32) - jnp.asarray(target, jnp.float32))
-    per_frame = error.sum(axis=tuple(range(3, error.ndim)))
-    values = error[0, 0, 0].size
+    inside = tuple(range(3, error.ndim))
+    if weight is None:
+        per_frame, values = error.sum(axis=inside), error[0, 0, 0].size
+    else:
+        per_frame, values = (error * weight[..., None]).sum(axis=inside), weight.sum(axis=inside[:-1]) * error.shape[-1]
     # where, not a product: a clean frame whose prediction overflowed must not poison the sum
     sample_sum = jnp.where(mask > 0, per_frame * mask, 0.0).sum(axis=(1, 2))
-    sample_count = mask.sum(axis=(1, 2)) * values
+    sample_count = (mask * values).sum(axis=(1, 2))
     total, count = sample_sum.sum(), sample_count.sum()
     return MaskedLoss(total, count, total / jnp.maximum(count, 1.0), sample_sum, sample_count)
 

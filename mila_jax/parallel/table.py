@@ -7,14 +7,13 @@ import dataclasses
 import math
 
 import jax
-import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from mila_jax.model.weights import model_config
 from mila_jax.parallel.aot.sizes import data_description
 from mila_jax.parallel.logical import AXES, mesh_axes, rules_from_config, spec, use_rules
 from mila_jax.parallel.mesh import axis_sizes, check_divides
-from mila_jax.train.optimizer import make_optimizer
+from mila_jax.train.optimizer import like_parameters, make_optimizer
 from mila_jax.train.stages import resolve
 from mila_jax.train.state import abstract_model
 from mila_jax.views import VIEWS
@@ -70,7 +69,7 @@ def _state_rows(mesh, dit, train) -> list[Row]:
     names_of = lambda v: v.replace(",".join(str(n) for n in v.get_metadata().get("out_sharding") or (None,) * v.ndim))  # noqa: E731
     logical, trained_logical = (jax.tree.map(names_of, p, is_leaf=lambda x: hasattr(x, "get_metadata")) for p in (params, trained))
     moments = jax.eval_shape(tx.init, trained)
-    moments_logical = optax.tree_utils.tree_map_params(tx, lambda _, names: names, moments, trained_logical, transform_non_params=lambda _: "")
+    moments_logical = like_parameters(tx, moments, trained_logical, "")
     rows = []
     for group, shapes, names in (("parameters", params, logical), ("ema", params, logical), ("optimizer", moments, moments_logical)):
         for (path, leaf), joined in zip(jax.tree_util.tree_flatten_with_path(shapes)[0], jax.tree.leaves(names), strict=True):

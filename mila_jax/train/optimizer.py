@@ -1,14 +1,17 @@
-"""AdamW with warm-up and clipping, as a function of the config's `train` section."""
+"""AdamW or Muon with warm-up and clipping, as a function of the config's `train` section."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from mila_jax.errors import UserError
 
+OPTIMIZERS = ("adamw", "muon")
 MOMENTS = ("float32", "bfloat16")
+MUON_RMS = 0.2  # root mean square of Muon's steps over the learning rate, about AdamW's, so that one learning rate serves both (arXiv:2502.16982)
 
 
 def learning_rate(train):
@@ -21,15 +24,45 @@ def learning_rate(train):
 
 
 def make_optimizer(train) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (β₁ 0.9). Moments are float32 like the parameters, or bfloat16 with `train.moments`.
+    """Clip by global norm, then `train.optimizer`: AdamW (β₁ 0.9), or Muon for the matrices of the blocks and AdamW for everything else.
 
-    Raises `UserError` for another type of moments.
+    Moments are float32 like the parameters, or bfloat16 with `train.moments`. Raises `UserError` for another optimizer or type of moments.
     """
-    moments = train.get("moments", "float32")
+    moments, name = train.get("moments", "float32"), train.get("optimizer", "adamw")
     if moments not in MOMENTS:
         raise UserError(f"train.moments={moments!r} is unknown; use one of {', '.join(MOMENTS)}")
-    adam = optax.adamw(learning_rate(train), b1=0.9, b2=train.beta2, eps=train.epsilon, weight_decay=train.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(train.clip), adam if moments == "float32" else in_bfloat16(adam))
+    if name not in OPTIMIZERS:
+        raise UserError(f"train.optimizer={name!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
+    rate = learning_rate(train)
+    if name == "adamw":
+        inner = optax.adamw(rate, b1=0.9, b2=train.beta2, eps=train.epsilon, weight_decay=train.weight_decay)
+    else:
+        inner = optax.contrib.muon(
+            rate, eps=train.epsilon, consistent_rms=MUON_RMS, weight_decay=train.weight_decay, adam_b2=train.beta2, adam_weight_decay=train.weight_decay,
+            muon_weight_dimension_numbers=matrices,
+        )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(train.clip), inner if moments == "float32" else in_bfloat16(inner))
+
+
+def matrices(params):
+    """For each parameter what Muon takes for its matrix, None where AdamW is to update it: all outside the blocks, biases, scales and tables.
+
+    A block's kernels are stacked over the pairs [p, d, e]; fused projections [p, d, m, k, e] are m matrices of their own (q, k, v).
+    """
+
+    def axes(path, x):
+        name = jax.tree_util.keystr(path)
+        if "pairs" not in name or "table" in name or "bias" in name or x.ndim < 3:
+            return None
+        return MuonDimensionNumbers(1, (3, 4) if x.ndim == 5 else 2)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def like_parameters(tx: optax.GradientTransformation, state, tree, other):
+    """The optimizer's `state` with each moment replaced by the entry of its parameter in `tree`, all else by `other`."""
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731  (a parameter that this part of the optimizer leaves to another one)
+    return optax.tree_utils.tree_map_params(tx, lambda x, y: x if masked(x) else y, state, tree, transform_non_params=lambda _: other, is_leaf=masked)
 
 
 class HalvedState(NamedTuple):
@@ -49,10 +82,15 @@ def in_bfloat16(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     def halve(tree, count):
         leaves, structure = jax.tree.flatten(tree)
         seeds = _scramble(count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.arange(len(leaves), dtype=jnp.uint32))
-        return structure.unflatten([round_stochastically(x, seeds[i]) if x.dtype == jnp.float32 else x for i, x in enumerate(leaves)])
+        halved = jax.tree.leaves(moments(tree))
+        return structure.unflatten([round_stochastically(x, seeds[i]) if halved[i] else x for i, x in enumerate(leaves)])
+
+    def moments(tree):  # constants that an optimizer keeps in its state stay as they are
+        return optax.tree_utils.tree_map_params(tx, lambda x: x.dtype == jnp.float32, tree, transform_non_params=lambda _: False)
 
     def init(params):
-        return HalvedState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, tx.init(params)))
+        state = tx.init(params)
+        return HalvedState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x, half: x.astype(jnp.bfloat16) if half else x, state, moments(state)))
 
     def update(grads, state, params=None):
         whole = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, state.inner)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from mila_jax.model.dit import DiT, DiTConfig
 from mila_jax.parallel.mesh import parameter_shardings, replicated
+from mila_jax.train.optimizer import like_parameters
 from mila_jax.train.stages import Trainable
 
 
@@ -72,9 +73,7 @@ def state_shardings(mesh, config: DiTConfig, tx, trainable: Trainable | None = N
     shardings, whole = parameter_shardings(mesh, params), replicated(mesh)
     # Rows of a stacked array lie as the array does: the axis of the layers is never split.
     trained = jax.eval_shape(lambda p: _selected(trainable, p), params)
-    moments = optax.tree_utils.tree_map_params(
-        tx, lambda _, s: s, jax.eval_shape(tx.init, trained), parameter_shardings(mesh, trained), transform_non_params=lambda _: whole
-    )
+    moments = like_parameters(tx, jax.eval_shape(tx.init, trained), parameter_shardings(mesh, trained), whole)
     return TrainState(step=whole, params=shardings, ema=shardings, opt_state=moments, health=Health(whole, whole, whole))
 
 

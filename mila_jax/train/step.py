@@ -35,6 +35,7 @@ class Objective:
     explode: float = 10.0
     context_rate: float = 0.0
     context_level: float = 0.0
+    foreground_weight: float = 0.0
 
     @classmethod
     def from_config(cls, config) -> "Objective":
@@ -45,6 +46,7 @@ class Objective:
             level=t.level, tpd_rate=t.tpd_rate, tpd_family=w.tpd_family, tpd_strength=w.tpd_strength, anchor_level=w.anchor_level,
             anchor_rate=t.anchor_rate, anchor_noisy=t.anchor_noisy, text_drop=t.text_drop, waypoint_drop=t.waypoint_drop, ema=t.ema,
             explode=t.get("explode", 10.0), context_rate=t.get("context_rate", 0.0), context_level=t.get("context_level", 0.0),
+            foreground_weight=t.get("foreground_weight", 0.0),
         )  # fmt: skip
 
 
@@ -94,19 +96,24 @@ def draw(clip, key, objective: Objective, level=None) -> Draws:
     return Draws(levels, clean, noise, no_text < objective.text_drop, no_waypoints < objective.waypoint_drop)
 
 
-def loss_of(params, clip, draws: Draws, *, graphdef, config, prior):
-    """Masked rectified-flow loss (eq. (15)) of a batch of clips with these draws → `flow.rectified_flow.MaskedLoss`."""
+def loss_of(params, clip, draws: Draws, *, graphdef, config, prior, foreground_weight: float = 0.0):
+    """Masked rectified-flow loss (eq. (15)) of a batch of clips with these draws → `flow.rectified_flow.MaskedLoss`.
+
+    foreground_weight (ours): how many times more a place that vehicles cover counts; above 0 the clips must tell where they are.
+    """
     latents = clip["latents"].astype(jnp.float32)
     levels = jnp.broadcast_to(draws.levels[:, None], latents.shape[:3])
     conditions = from_clip(clip).replace(drop_text=draws.drop_text, drop_waypoints=draws.drop_waypoints)
     velocity = make_velocity(graphdef, params, config, prior)
     predicted = velocity(add_noise(latents, draws.noise, levels), levels, conditions)
-    return masked_loss(predicted, velocity_target(latents, draws.noise), ~draws.clean)
+    weight = 1 + foreground_weight * clip["foreground"].astype(jnp.float32) / 255 if foreground_weight else None
+    return masked_loss(predicted, velocity_target(latents, draws.noise), ~draws.clean, weight)
 
 
 def loss(params, clip, key, *, graphdef, config, prior, objective: Objective, level=None):
     """`loss_of` with the draws of `key`; `level` as in `draw`."""
-    return loss_of(params, clip, draw(clip, key, objective, level), graphdef=graphdef, config=config, prior=prior)
+    draws = draw(clip, key, objective, level)
+    return loss_of(params, clip, draws, graphdef=graphdef, config=config, prior=prior, foreground_weight=objective.foreground_weight)
 
 
 def split_batch(tree, parts: int, groups: int):
@@ -136,7 +143,7 @@ def gradients(selected, params, clip, key, *, graphdef, config, prior, objective
 
     def value(selected, clip, draws):
         whole = selected if trainable is None else trainable.merge(params, selected)
-        return loss_of(whole, clip, draws, graphdef=graphdef, config=config, prior=prior)
+        return loss_of(whole, clip, draws, graphdef=graphdef, config=config, prior=prior, foreground_weight=objective.foreground_weight)
 
     if accumulate == 1:
         return jax.value_and_grad(lambda s: value(s, clip, draws).mean)(selected)

@@ -1,5 +1,6 @@
 """Everything that a run builds before its first step: sizes, mesh, state, jitted step, data."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -50,7 +51,7 @@ class Trainer:
         distributed.on_first(f"write to {config.train.dir}", self._check_writable)
         self.objective = step_module.Objective.from_config(config)
         self.specs, shares = clip_specs(config)
-        self.train_source = ClipSource(config.data.dir, "train", self.specs, shares)
+        self.train_source = ClipSource(config.data.dir, "train", self.specs, shares, foreground=self.objective.foreground_weight > 0)
         self.data = describe_data(config.data.dir)
         self.dit = model_config(config, self.data)
         self.mesh, self.rules = make_mesh(config.mesh, devices), rules_from_config(config)
@@ -69,6 +70,8 @@ class Trainer:
             self.shardings, self.batch_sharding, rules=self.rules, tx=self.tx, trainable=self.trainable, accumulate=config.train.accumulate,
             groups=self.mesh.shape["data"], **static,
         )  # fmt: skip
+        # What is reported of held-out clips is the plain loss, so that runs compare.
+        static["objective"] = dataclasses.replace(self.objective, foreground_weight=0.0)
         self.loss = jax.jit(with_rules(self.rules, functools.partial(step_module.loss, **static)))
         self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(self.mesh))()
 
@@ -187,6 +190,8 @@ def check_config(config) -> None:
     for key in ("steps", "batch", "log_every", "checkpoint_every", "keep", "accumulate", "skip_limit", "save_failures"):
         if config.train[key] < 1:
             raise UserError(f"train.{key}={config.train[key]} must be at least 1")
+    if config.train.get("foreground_weight", 0.0) < 0:
+        raise UserError(f"train.foreground_weight={config.train.foreground_weight} must not be negative")
     if not config.train.explode > 1:
         raise UserError(f"train.explode={config.train.explode} must be above 1: times the average from which on a loss is not believed")
     start, count = config.train.profile

@@ -50,15 +50,17 @@ def _prior(config, sizes: Sizes) -> Prior | None:
     return Prior(np.eye(channels, dtype=np.float32), np.full((len(VIEWS), channels, len(SCALES)), 1 / len(SCALES), np.float32))
 
 
-def abstract_clip(sizes: Sizes, sharding) -> dict:
-    """A batch of `data_pipeline.clips` as shapes; see `ClipSource.__getitem__`."""
+def abstract_clip(sizes: Sizes, sharding, foreground: bool = False) -> dict:
+    """A batch of `data_pipeline.clips` as shapes; see `ClipSource.__getitem__`. foreground: with the places of vehicles."""
     b, v, t = sizes.batch, len(VIEWS), sizes.frames
     length, width = sizes.data["text_shape"]
     shapes = {
         "latents": (v, t, *sizes.data["latent_shape"]), "intrinsics": (v, t, 4), "extrinsics": (v, t, 7), "waypoints": (t, 3), "frame_times": (t,),
         "fps": (), "conditioning": (), "text": (length, width), "text_mask": (length,),
     }  # fmt: skip
-    types = {"latents": jnp.float16, "conditioning": jnp.int32, "text_mask": jnp.bool_}
+    if foreground:
+        shapes["foreground"] = (v, t, *sizes.data["latent_shape"][:2])
+    types = {"latents": jnp.float16, "conditioning": jnp.int32, "text_mask": jnp.bool_, "foreground": jnp.uint8}
     return {name: jax.ShapeDtypeStruct((b, *shape), types.get(name, jnp.float32), sharding=sharding) for name, shape in shapes.items()}
 
 
@@ -68,11 +70,13 @@ def train_program(config, sizes: Sizes, mesh: Mesh) -> Program:
     graphdef, params = abstract_model(sizes.dit)
     trainable = resolve(params, config.train.get("trainable", ("*",)), sizes.dit.depth)
     shardings = state_shardings(mesh, sizes.dit, tx, trainable)
+    objective = Objective.from_config(config)
     step = jit_train_step(
         shardings, batch_sharding(mesh), rules=rules_from_config(config), graphdef=graphdef, config=sizes.dit, prior=_prior(config, sizes),
-        objective=Objective.from_config(config), tx=tx, trainable=trainable, accumulate=config.train.get("accumulate", 1), groups=mesh.shape["data"],
+        objective=objective, tx=tx, trainable=trainable, accumulate=config.train.get("accumulate", 1), groups=mesh.shape["data"],
     )  # fmt: skip
-    return Program(step, (_shaped(abstract_state(sizes.dit, tx, trainable), shardings), abstract_clip(sizes, batch_sharding(mesh)), _key(mesh)), mesh)
+    clip = abstract_clip(sizes, batch_sharding(mesh), objective.foreground_weight > 0)
+    return Program(step, (_shaped(abstract_state(sizes.dit, tx, trainable), shardings), clip, _key(mesh)), mesh)
 
 
 def sample_program(config, sizes: Sizes, mesh: Mesh) -> Program:
