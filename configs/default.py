@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
     c.train.steps = 20_000
     c.train.minutes = 0.0  # > 0: stop cleanly after so many minutes
     c.train.batch = 64  # samples a step, over all devices
-    c.train.optimizer = "adamw"  # adamw | muon (the matrices of the blocks by Muon, everything else by AdamW)
+    c.train.optimizer = "adamw"  # adamw | muon (the blocks' matrices by Muon, all else by AdamW with Nesterov momentum)
     c.train.learning_rate = 1e-4
     c.train.warmup = 1000  # steps, linear
     c.train.decay = False  # cosine to a twentieth of the learning rate at train.steps
@@ -116,7 +116,8 @@ def get_config() -> ConfigDict:
     c.train.single_frame = 0.1  # share of the 12 Hz windows that start from one frame instead of window.conditioning …
     c.train.single_frame_anchors = False  # … and of the others too
     c.train.four_frames = 0.0  # share of the windows of every rate that start from four frames
-    c.train.foreground_weight = 0.0  # how many times more places count in the loss that vehicles cover (needs data.foreground; ours)
+    # How many times more places count in the loss that vehicles cover (needs data.foreground; ours). Held-out losses are told without it.
+    c.train.foreground_weight = 0.0
     c.train.trainable = ("*",)  # patterns of parameter names; what none of them names is frozen (mila_jax/train/stages.py)
     c.train.accumulate = 1  # parts that a batch is taken in, one after the other
     c.train.moments = "float32"  # of the optimizer: float32 | bfloat16 (half the optimizer's memory, stochastically rounded)

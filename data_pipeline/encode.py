@@ -186,10 +186,10 @@ class SceneEncoder:
         if self.out.exists(shard) or self.out.exists(f"{shard}.json"):
             self.out.remove("index.json")
             self.out.remove(f"{shard}.json")
-        latents = self.latents(scene, moments)
+        latents, foreground = self.latents(scene, moments), self.foreground(scene, moments)
         if self.video is not None:
-            moments, latents = self.through_time(scene, moments, latents)
-        size, record_bytes = self.write_shard(shard, number, moments, latents)
+            moments, latents, foreground = self.through_time(scene, moments, latents, foreground)
+        size, record_bytes = self.write_shard(shard, number, moments, latents, foreground)
         entry = records.SceneIndex(
             name=scene.name,
             description=scene.description,
@@ -223,8 +223,16 @@ class SceneEncoder:
             digest.update(array.tobytes())
         return digest.hexdigest()
 
-    def through_time(self, scene, moments, latents) -> tuple[list, np.ndarray]:
-        """The temporal latents [m, 6, h, w, c'] of a scene's pictures' latents [n, 6, h, w, c], and the moment of each: of its last frame."""
+    def foreground(self, scene, moments) -> np.ndarray | None:
+        """Where vehicles are, uint8 [n, 6, h, w], if the data set is to tell it."""
+        if "foreground" not in self.fields:
+            return None
+        vehicles, shape = self.vehicles.get(scene.token), self.fields["foreground"][1][1:]
+        return np.stack([foreground_of(vehicles, moment, shape) for moment in moments])
+
+    def through_time(self, scene, moments, latents, foreground) -> tuple[list, np.ndarray, np.ndarray | None]:
+        """(moment of each latent's last frame, temporal latents [m, 6, h, w, c'], where vehicles are in any of a latent's frames) of a scene's n
+        pictures: their moments, latents [n, 6, h, w, c] and vehicles."""
         chunks = self.video.chunks
         starts = chunks.starts([moment.timestamp_us * 1e-6 for moment in moments])
         if not len(starts):
@@ -234,7 +242,10 @@ class SceneEncoder:
         if not np.isfinite(out).all():
             raise UserError(f"the temporal autoencoder gives latents that are not finite for scene {scene.name!r}; check its weights")
         last = starts[:, None] + chunks.last_frame(np.arange(chunks.latents))
-        return [moments[i] for i in last.ravel()], out
+        if foreground is not None:
+            begin = np.concatenate([[0], chunks.last_frame(np.arange(chunks.latents - 1)) + 1])
+            foreground = np.concatenate([np.maximum.reduceat(foreground[i : i + chunks.frames], begin) for i in starts])
+        return [moments[i] for i in last.ravel()], out, foreground
 
     def latents(self, scene, moments) -> np.ndarray:
         """Normalised latents [n, 6, h, w, c] of a scene's n instants: float16, or float32 where a temporal autoencoder is to take them."""
@@ -264,7 +275,7 @@ class SceneEncoder:
             raise UserError(f"the autoencoder gives latents that are not finite for scene {scene.name!r}; check its weights and scale")
         return out.reshape(len(moments), 6, *self.picture_shape)
 
-    def write_shard(self, shard: str, number: int, moments, latents) -> tuple[int, int]:
+    def write_shard(self, shard: str, number: int, moments, latents, foreground=None) -> tuple[int, int]:
         """Writes the records and puts the file in its place; returns the file's bytes and those of the records."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -272,15 +283,14 @@ class SceneEncoder:
             # The writer reports a missing or unwritable folder late and without its name; this does at once.
             partial.open("wb").close()
             writer = ArrayRecordWriter(str(partial), records.WRITER_OPTIONS)
-            serialised = self.write_records(writer, number, moments, latents)
+            serialised = self.write_records(writer, number, moments, latents, foreground)
             writer.close()
             size = partial.stat().st_size
         return size, serialised
 
-    def write_records(self, writer, number: int, moments, latents) -> int:
+    def write_records(self, writer, number: int, moments, latents, foreground=None) -> int:
         """Writes one record per instant; returns their bytes."""
         size = 0
-        vehicles = self.vehicles.get(self.nusc.scenes[number].token) if "foreground" in self.fields else None
         for i, moment in enumerate(moments):
             record = {
                 "latents": latents[i],
@@ -291,7 +301,7 @@ class SceneEncoder:
                 "instant": i,
             }
             if "foreground" in self.fields:
-                record["foreground"] = foreground_of(vehicles, moment, self.fields["foreground"][1][1:])
+                record["foreground"] = foreground[i]
             data = serialise_example(record, self.fields)
             size += len(data)
             writer.write(data)

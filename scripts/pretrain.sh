@@ -33,7 +33,7 @@ $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$ru
 short="--config.window.frames=8 --config.window.conditioning=2 --config.train.optimizer=adamw"  # as all but the last were trained
 # A first network, smaller and without the sweep; the three stages grow it.
 train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/base" --config.train.steps=4000 \
-  $short --config.model.depth=4 --config.model.sweep=0 --config.train.context_rate=0 --config.window.tpd_strength=0.5
+  $short --config.train.single_frame=0.1 --config.model.depth=4 --config.model.sweep=0 --config.train.context_rate=0 --config.window.tpd_strength=0.5
 
 stage() {  # number, weights to start from, further arguments
   local number="$1" from="$2"; shift 2
@@ -42,7 +42,7 @@ stage() {  # number, weights to start from, further arguments
 }
 # Windows of 2 + 12 frames at 1 Hz are longer than the scenes, so stage 1 has two rates; the patch embedding is new where the sweep enters.
 first="$short --config.model.sweep=4 --config.window.tpd_strength=0.5"  # as the first three were trained
-stage 1 "$runs/base/model.safetensors" $first --config.train.steps=240 --config.train.warmup=50 --config.train.decay=False \
+stage 1 "$runs/base/model.safetensors" $first --config.window.frames=14 --config.train.steps=240 --config.train.warmup=50 --config.train.decay=False \
   --config.train.fps="(12.0,2.0)" --config.train.fps_weights="(0.5,0.5)" \
   --config.train.trainable="('patch.*','conditions.*','pairs.spatial.attn.*','pairs[-1].*','final_table','final.*')"
 stage 2 "$runs/stage1/model.safetensors" $first --config.train.steps=900 --config.train.warmup=50 --config.train.decay=False \
@@ -51,9 +51,8 @@ stage 3 "$runs/stage2/model.safetensors" $first --config.train.steps=1300 --conf
 # The third stage goes on with corridors that move as traffic does, and with windows from four frames.
 stage 3b "$runs/stage3/model.safetensors" $short --config.train.steps=1300 --config.train.warmup=50 --config.train.fps_weights="(0.4,0.55,0.05)" \
   --config.train.single_frame=0.15 --config.train.four_frames=0.2 --config.seed=2
-# Longer windows, most of them from four frames, and places that vehicles cover counting three times.
+# Longer windows from four frames, and places that vehicles cover counting three times.
 stage 3c "$runs/stage3b/model.safetensors" --config.train.steps=2500 --config.train.warmup=50 --config.train.fps="(12.0,2.0)" \
-  --config.train.fps_weights="(0.4,0.6)" --config.window.conditioning=2 --config.train.four_frames=0.6 --config.train.foreground_weight=2.0 \
-  --config.seed=3 "$@"
+  --config.train.fps_weights="(0.4,0.6)" --config.train.foreground_weight=2.0 --config.seed=3 "$@"
 echo "$autoencoder"
 echo "$runs/stage3c/model.safetensors"

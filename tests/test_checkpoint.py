@@ -12,7 +12,7 @@ from mila_jax.errors import UserError
 from mila_jax.parallel.mesh import make_mesh
 from mila_jax.train.checkpoint import Checkpoints, laid_out, read_arrays
 from mila_jax.train.state import abstract_state, create_state, state_shardings
-from tests.test_train_step import TINY, adam
+from tests.test_train_step import TINY, adam, muon
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,21 @@ def test_what_comes_back_is_what_went_in(saved, state, abstract):
     back = saved.restore(abstract)
     assert int(back.step) == 5
     for a, b in zip(jax.tree.leaves((state.params, state.ema, state.opt_state, state.health)), jax.tree.leaves((back.params, back.ema, back.opt_state, back.health)), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def test_what_comes_back_of_muon(mesh, tmp_path, small_config):
+    """Its state has places for parameters that it leaves to AdamW, and constants."""
+    tx = muon(small_config)
+    with jax.set_mesh(mesh):
+        state = create_state(mesh, TINY, tx, 0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, 1, {})
+    checkpoints.wait()
+    back = checkpoints.restore(laid_out(abstract_state(TINY, tx), state_shardings(mesh, TINY, tx)))
+    checkpoints.close()
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(back.opt_state), strict=True):
         assert a.dtype == b.dtype and np.array_equal(a, b)
 
 

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.spatial import ConvexHull, Delaunay
 
 from data_pipeline import records
 from data_pipeline.clips import ClipSource, ClipSpec, read_scene
-from data_pipeline.foreground import HOLD_US, NEAR, Vehicles, boxes_at, coverage, read_vehicles
+from data_pipeline.foreground import HOLD_US, NEAR, RAYS, Vehicles, boxes_at, coverage, read_vehicles
 from data_pipeline.nuscenes.reader import instants, open_nuscenes
 from mila_jax import geometry
 from mila_jax.errors import UserError
@@ -62,27 +63,34 @@ def test_boxes_between_before_and_after_their_annotations():
     assert at(3 - hold) == [50] and at(2) == []
 
 
-@pytest.mark.parametrize("x, y, yaw", [(12, 3, 0.3), (6, -1, 2.0), (1.0, 2.0, 0.1), (0.0, -2.0, 0.5), (-9, 0, 0)], ids=["far", "near", "cut", "beside", "behind"])
-def test_coverage_is_that_of_the_rectangle_around_the_visible_part_of_a_box(x, y, yaw):
+@pytest.mark.parametrize(
+    "x, y, yaw", [(12, 3, 0.3), (6, -1, 2.0), (2.0, 3.0, 0.1), (1.0, 2.0, 0.1), (0.0, -2.0, 0.5), (-9, 0, 0)],
+    ids=["far", "near", "at the side", "cut", "beside", "behind"],
+)  # fmt: skip
+def test_coverage_is_that_of_the_outline_of_the_visible_part_of_a_box(x, y, yaw):
     size, shape = np.array([1.9, 4.6, 1.6]), (8, 14)
     rotation = geometry.yaw_quaternion(yaw)
     got = coverage(np.array([[x, y, 0.8]]), size[None], rotation[None], FORWARD, LENS, shape)
-    grid = np.linspace(-0.5, 0.5, 161)
+    grid = np.linspace(-0.5, 0.5, 101)
     inside = np.stack(np.meshgrid(grid, grid, grid, indexing="ij"), -1).reshape(-1, 3) * size[[1, 0, 2]]
     points = inside @ geometry.rotation_matrix(rotation).T + (x, y, 0.8)
     place, depth = geometry.project(points, FORWARD, LENS)
     place = place[depth >= NEAR]
+    fine = RAYS
+    columns, rows = ((np.arange(n * fine) + 0.5) / (n * fine) for n in (shape[1], shape[0]))
     expected = np.zeros(shape)
     if len(place):
-        (left, top), (right, bottom) = np.clip(place.min(0), 0, 1), np.clip(place.max(0), 0, 1)
-        fine = 100  # the rectangle, painted at a hundred times the resolution
-        columns = (np.arange(shape[1] * fine) + 0.5) / (shape[1] * fine)
-        rows = (np.arange(shape[0] * fine) + 0.5) / (shape[0] * fine)
-        painted = ((rows >= top) & (rows <= bottom))[:, None] & ((columns >= left) & (columns <= right))
-        expected = painted.reshape(shape[0], fine, shape[1], fine).mean((1, 3))
-    # The closest point of the fine grid lies up to a 160th of the box behind the plane that cuts it.
-    np.testing.assert_allclose(got, expected, atol=0.03 if x > 3 or x < -5 else 0.12)
-    assert (got.sum() > 0) == (len(place) > 0 and expected.sum() > 0)
+        outline = place[ConvexHull(place).vertices]
+        centres = np.stack(np.meshgrid(columns, rows), -1).reshape(-1, 2)
+        expected = (Delaunay(outline).find_simplex(centres) >= 0).reshape(shape[0], fine, shape[1], fine).mean((1, 3))
+    assert (expected.max() > 0.3) == (x > -9)
+    assert np.abs(got - expected).mean() < 0.003 and np.abs(got - expected).max() < 0.2  # rays along the edge of a grid of points
+
+
+def test_a_car_beside_us_covers_no_sky():
+    """The parts of it that lie outside the image do not spread over the rows that it has there."""
+    got = coverage(np.array([[2.0, 3.0, 0.8]]), np.array([[1.9, 4.6, 1.6]]), np.array([[1.0, 0, 0, 0]]), FORWARD, LENS, (8, 14))
+    assert got[4:].max() > 0.9 and not got[:3].any()  # its roof is 10 cm above the camera
 
 
 def test_of_several_boxes_the_largest_part_counts():
@@ -137,6 +145,9 @@ def test_moved_boxes_are_encoded_again_and_missing_ones_are_told(tmp_path):
     table.write_text(json.dumps(rows))
     stub.encode(tmp_path / "sim", tmp_path / "enc", meta=META)
     assert (read_scene(tmp_path / "enc", "scene-0001")["foreground"] != before).any()
+    table.write_text(json.dumps([row | {"instance_token": "nothing"} for row in rows]))
+    with pytest.raises(UserError, match="instance_token 'nothing' of row .* is not in table 'instance'"):
+        stub.encode(tmp_path / "sim", tmp_path / "other", meta=META)
     table.write_text("[]\n")
     with pytest.raises(UserError, match="has no annotations, which data.foreground=True needs"):
         stub.encode(tmp_path / "sim", tmp_path / "other", meta=META)

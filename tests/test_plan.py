@@ -25,7 +25,7 @@ from mila_jax.parallel.mesh import make_mesh
 from mila_jax.views import VIEWS
 
 SMALL = ("--config.model.width=32", "--config.model.depth=2", "--config.model.heads=2", "--config.data.image_size=(32,48)", "--config.train.batch=4")
-SMALL += ("--config.model.ray_rotary=False",)
+SMALL += ("--config.model.ray_rotary=False", "--config.window.frames=8", "--config.window.conditioning=2", "--config.train.optimizer=adamw")
 PROGRAM = """HloModule m, is_scheduled=true
 
 ENTRY %main (p: f32[8]) -> f32[8] {
@@ -221,7 +221,7 @@ def test_a_sweep_skips_ranks_and_recommends(capsys, compiled, tmp_path):
 
 def test_one_layout_is_one_object(capsys, compiled, tmp_path):
     file = tmp_path / "plan.json"
-    code, out, _ = run(capsys, "--topology=v5p:2x2x1", "--step=sample", "--config.mesh.data=1", "--config.mesh.context=4", f"--json={file}")
+    code, out, _ = run(capsys, "--topology=v5p:2x2x1", "--step=sample", "--config.mesh.data=1", "--config.mesh.context=4", "--config.window.frames=8", f"--json={file}")
     result = json.loads(file.read_text())
     assert code == 0 and isinstance(result, dict)
     assert result["hbm"]["peak_gib"] == 8 and result["hbm"]["limit_gib"] == 95.74 and result["hbm"]["fits"]
@@ -242,7 +242,7 @@ def test_results_are_kept_until_something_changes(capsys, compiled, monkeypatch)
     run(capsys, "--topology=v5e:2x2")
     run(capsys, "--topology=v5e:2x2", "--config.train.log_every=7")  # changes no step
     assert len(compiled.asked) == 1
-    for arguments in (("--config.model.depth=3",), ("--step=sample", "--config.mesh.data=1", "--config.mesh.context=4"), ("--full",), ("--no-cache",)):
+    for arguments in (("--config.model.depth=3",), ("--step=sample", "--config.mesh.data=1", "--config.mesh.context=4", "--config.window.frames=8"), ("--full",), ("--no-cache",)):
         before = len(compiled.asked)
         run(capsys, "--topology=v5e:2x2", *arguments)
         assert len(compiled.asked) == before + 1, arguments
@@ -268,7 +268,7 @@ def test_a_config_hash_is_about_the_step():
     first = cache.config_hash(config)
     config.data.dir = "/somewhere"
     assert cache.config_hash(config) == first
-    config.window.frames = 10
+    config.window.frames = 12
     assert cache.config_hash(config) != first
 
 

@@ -132,6 +132,7 @@ import ml_collections
 config = ml_collections.ConfigDict(json.load(open(sys.argv[1])))
 out = {}
 for name, sizes in json.loads(sys.argv[2]).items():
+    config.train.optimizer = "muon" if "muon" in name else "adamw"
     config.mesh.update(sizes)
     count = int(np.prod(list(sizes.values())))
     trainer = Trainer(config, devices=jax.devices()[:count])
@@ -142,11 +143,12 @@ for name, sizes in json.loads(sys.argv[2]).items():
         for _ in range(2):
             state, metrics = trainer.step(state, next(batches), trainer.key)
             losses.append(float(metrics["loss"]))
-        mu = state.opt_state[1][0].mu
-        same = jax.tree.map(lambda a, b: a.sharding == b.sharding, mu, state.params)
+        mu = state.opt_state[1][0].mu if name[:4] != "muon" else state.opt_state[1].inner_states["muon"].inner_state[0].mu
+        laid = {jax.tree_util.keystr(path): x.sharding for path, x in jax.tree_util.tree_leaves_with_path(state.params)}
+        same = [x.sharding == laid[jax.tree_util.keystr(path)] for path, x in jax.tree_util.tree_leaves_with_path(mu)]
         split = any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(mu))
     total = sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(state.params))
-    out[name] = dict(losses=losses, total=total, moments_like_parameters=all(jax.tree.leaves(same)), split=split)
+    out[name] = dict(losses=losses, total=total, moments_like_parameters=all(same), split=split)
 print("RESULT" + json.dumps(out))
 """
 
@@ -159,6 +161,7 @@ def test_meshes_give_the_same_step(config, tmp_path):
     (tmp_path / "config.json").write_text(c.to_json())
     one = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
     meshes = {"one": one, "fsdp": one | {"fsdp": 4}, "all": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}}
+    meshes |= {"muon one": one, "muon fsdp": one | {"fsdp": 4}}
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-c", SHARDED, str(tmp_path / "config.json"), json.dumps(meshes)], env=env, capture_output=True, text=True,
@@ -167,17 +170,19 @@ def test_meshes_give_the_same_step(config, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(run.stdout.split("RESULT")[1])
     for name in meshes:
-        np.testing.assert_allclose(result[name]["losses"], result["one"]["losses"], rtol=2e-5)
-        np.testing.assert_allclose(result[name]["total"], result["one"]["total"], rtol=1e-5)
+        alone = result["muon one" if "muon" in name else "one"]
+        np.testing.assert_allclose(result[name]["losses"], alone["losses"], rtol=2e-5)
+        np.testing.assert_allclose(result[name]["total"], alone["total"], rtol=1e-5)
         assert result[name]["moments_like_parameters"]
-    assert result["fsdp"]["split"] and result["all"]["split"] and not result["one"]["split"]
+    assert result["fsdp"]["split"] and result["all"]["split"] and result["muon fsdp"]["split"] and not result["one"]["split"]
+    assert result["muon one"]["total"] != result["one"]["total"]
 
 
 @pytest.mark.parametrize(
     "key, value, match",
     [
         ("window.anchor_level", 0.1, "anchor"), ("window.frames", 200, "frames"),
-        ("train.log_every", 0, "train.log_every"), ("train.accumulate", 3, "train.accumulate"), ("train.trainable", ("nothing.*",), "train.trainable"), ("train.explode", 0.5, "train.explode"), ("train.moments", "float16", "train.moments"), ("train.fps", (12.0,), "train.fps"), ("model.dtype", "bf16", "model.dtype"),
+        ("train.log_every", 0, "train.log_every"), ("train.accumulate", 3, "train.accumulate"), ("train.trainable", ("nothing.*",), "train.trainable"), ("train.explode", 0.5, "train.explode"), ("train.moments", "float16", "train.moments"), ("train.fps", (12.0,), "train.fps"), ("train.optimizer", "sgd", "train.optimizer"), ("train.foreground_weight", -1.0, "train.foreground_weight"), ("train.foreground_weight", 1.0, "data.foreground"), ("model.dtype", "bf16", "model.dtype"),
         ("model.precondition", "magic", "model.precondition"), ("mesh.tensor", 3, "mesh"), ("model.heads", 3, "model.heads"),
     ],
 )  # fmt: skip
@@ -191,6 +196,8 @@ def test_bad_configs_fail_before_compiling(config, tmp_path, key, value, match):
 
 def test_folder_of_another_model_is_refused(config, tmp_path):
     loop.train(with_dir(config, tmp_path, steps=1), progress=False)
+    with pytest.raises(UserError, match="train.optimizer"):
+        loop.train(with_dir(config, tmp_path, steps=2, optimizer="muon"), progress=False)
     other = with_dir(config, tmp_path, steps=2)
     other.model.depth = 2
     with pytest.raises(UserError, match="model.depth|does not fit"):

@@ -342,5 +342,6 @@ def _check_same_run(folder, beside_checkpoint: dict | None, config, now: dict) -
     start, start_before = (pathlib.Path(c["train"]["init_from"] or "").name for c in (now, before))  # the folder may have moved
     different += [] if start == start_before else ["train.init_from"]
     different += [f"train.{key}" for key in ("trainable", "moments") if key in before["train"] and before["train"][key] != now["train"][key]]
+    different += [] if before["train"].get("optimizer", "adamw") == now["train"].get("optimizer", "adamw") else ["train.optimizer"]
     if different:
         raise UserError(f"{folder} holds a run with another {', '.join(different)}; choose another train.dir (mila demo: --fresh)")

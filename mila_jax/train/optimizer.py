@@ -24,7 +24,8 @@ def learning_rate(train):
 
 
 def make_optimizer(train) -> optax.GradientTransformation:
-    """Clip by global norm, then `train.optimizer`: AdamW (β₁ 0.9), or Muon for the matrices of the blocks and AdamW for everything else.
+    """Clip by global norm, then `train.optimizer`: AdamW (β₁ 0.9), or Muon (β 0.95) for the matrices of the blocks and AdamW with Nesterov
+    momentum for everything else.
 
     Moments are float32 like the parameters, or bfloat16 with `train.moments`. Raises `UserError` for another optimizer or type of moments.
     """

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mila_jax.errors import UserError
 from mila_jax.flow.rectified_flow import add_noise, draw_levels, masked_loss, velocity_target
 from mila_jax.flow.sampler import noise_like
 from mila_jax.flow.schedules import check_anchor, training_levels
@@ -39,9 +40,11 @@ class Objective:
 
     @classmethod
     def from_config(cls, config) -> "Objective":
-        """Raises `UserError` when the anchor's level is below its error."""
+        """Raises `UserError` when the anchor's level is below its error, and for a negative weight of vehicles."""
         check_anchor(config.window.anchor_error, config.window.anchor_level)
         t, w = config.train, config.window
+        if t.get("foreground_weight", 0.0) < 0:
+            raise UserError(f"train.foreground_weight={t.foreground_weight} must not be negative")
         return cls(
             level=t.level, tpd_rate=t.tpd_rate, tpd_family=w.tpd_family, tpd_strength=w.tpd_strength, anchor_level=w.anchor_level,
             anchor_rate=t.anchor_rate, anchor_noisy=t.anchor_noisy, text_drop=t.text_drop, waypoint_drop=t.waypoint_drop, ema=t.ema,

@@ -190,8 +190,6 @@ def check_config(config) -> None:
     for key in ("steps", "batch", "log_every", "checkpoint_every", "keep", "accumulate", "skip_limit", "save_failures"):
         if config.train[key] < 1:
             raise UserError(f"train.{key}={config.train[key]} must be at least 1")
-    if config.train.get("foreground_weight", 0.0) < 0:
-        raise UserError(f"train.foreground_weight={config.train.foreground_weight} must not be negative")
     if not config.train.explode > 1:
         raise UserError(f"train.explode={config.train.explode} must be above 1: times the average from which on a loss is not believed")
     start, count = config.train.profile
