@@ -116,7 +116,8 @@ def get_config() -> ConfigDict:
     c.train.single_frame = 0.1  # share of the 12 Hz windows that start from one frame instead of window.conditioning …
     c.train.single_frame_anchors = False  # … and of the others too
     c.train.four_frames = 0.0  # share of the windows of every rate that start from four frames
-    # How many times more places count in the loss that vehicles cover (needs data.foreground; ours). Held-out losses are told without it.
+    # How many times more places count in the loss that vehicles cover (needs data.foreground; ours). Held-out losses are told without it. It tilts
+    # what is learned: where a vehicle may or may not be, one becomes more likely than it is. Train on without it at the end.
     c.train.foreground_weight = 0.0
     c.train.trainable = ("*",)  # patterns of parameter names; what none of them names is frozen (mila_jax/train/stages.py)
     c.train.accumulate = 1  # parts that a batch is taken in, one after the other

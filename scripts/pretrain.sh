@@ -29,7 +29,7 @@ $python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes" \
   --config.simulate.scenes=96 --config.simulate.seconds=8 --config.simulate.val_scenes=4
 $python -m mila_jax.train.autoencoder --data="$runs/nuscenes" --out="$runs/autoencoder" --steps=6000 --batch-size=8
 $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes" --config.data.dir="$runs/encoded" \
-  --config.autoencoder.path="$autoencoder"
+  --config.data.foreground=True --config.autoencoder.path="$autoencoder"
 short="--config.window.frames=8 --config.window.conditioning=2 --config.train.optimizer=adamw"  # as they were trained
 # A first network, smaller and without the sweep; the three stages grow it.
 train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/base" --config.train.steps=4000 \
@@ -37,7 +37,7 @@ train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.
 
 stage() {  # number, weights to start from, further arguments
   local number="$1" from="$2"; shift 2
-  train --config="configs/tiny.py:stage${number%b}" --config.data.dir="$runs/encoded" --config.train.dir="$runs/stage$number" \
+  train --config="configs/tiny.py:stage${number%[bcd]}" --config.data.dir="$runs/encoded" --config.train.dir="$runs/stage$number" \
     --config.train.init_from="$from" --config.train.learning_rate=8e-4 --config.train.single_frame=0.2 --config.train.checkpoint_every=100 "$@"
 }
 # Windows of 2 + 12 frames at 1 Hz are longer than the scenes, so stage 1 has two rates; the patch embedding is new where the sweep enters.
@@ -50,6 +50,13 @@ stage 2 "$runs/stage1/model.safetensors" $first --config.train.steps=900 --confi
 stage 3 "$runs/stage2/model.safetensors" $first --config.train.steps=1300 --config.train.warmup=30 --config.train.fps_weights="(0.45,0.5,0.05)"
 # The third stage goes on with corridors that move as traffic does, and with windows from four frames.
 stage 3b "$runs/stage3/model.safetensors" $short --config.train.steps=1300 --config.train.warmup=50 --config.train.fps_weights="(0.4,0.55,0.05)" \
-  --config.train.single_frame=0.15 --config.train.four_frames=0.2 --config.seed=2 "$@"
+  --config.train.single_frame=0.15 --config.train.four_frames=0.2 --config.seed=2
+# Then windows of ten frames, and Muon: first with vehicles weighing more, then without, since that weight makes them more likely than they are.
+longer=(--config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" --config.train.fps_weights="(0.4,0.6)")
+stage 3c "$runs/stage3b/model.safetensors" "${longer[@]}" --config.train.steps=2480 --config.train.foreground_weight=2 --config.train.four_frames=0.6 \
+  --config.seed=4
+# Weights that start from four frames by themselves, as the shipped ones do, come of generate.conditioning=4 beside them.
+stage 3d "$runs/stage3c/model.safetensors" "${longer[@]}" --config.train.steps=2700 --config.train.four_frames=0.7 --config.train.single_frame=0.15 \
+  --config.seed=5 "$@"
 echo "$autoencoder"
-echo "$runs/stage3b/model.safetensors"
+echo "$runs/stage3d/model.safetensors"

@@ -66,6 +66,18 @@ def test_resume_is_bit_equal(config, tmp_path):
     assert again.step == 8
 
 
+def test_profile_holds_the_work_of_its_steps(monkeypatch, tmp_path):
+    """Steps are started long before the device has done them: the recording waits for it at both ends."""
+    calls = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda state: calls.append(state))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with loop._profile(tmp_path, (3, 2), 0) as profile:
+        for number in range(1, 8):
+            profile.at(number, f"after {number - 1}")
+    assert calls == ["after 2", "start", "after 4", "stop"]
+
+
 def test_loss_falls_on_one_batch(config):
     trainer = trainer_module.Trainer(with_dir(config, config.train.dir, learning_rate=5e-3, steps=100))
     with jax.set_mesh(trainer.mesh):

@@ -64,7 +64,8 @@ def masked_loss(prediction, target, mask, weight=None) -> MaskedLoss:
     `prediction`, `target` `[B, V, T, h, w, c]`; `mask` bool or 0/1 `[B, T]` or `[B, V, T]`, true where the frame is noisy
     (anchors included), false on clean conditioning frames. Computed in float32. An empty mask gives mean 0, not NaN.
     Open-Sora 1.2 averages per sample first: that is `mean(sample_sum / sample_count)`. `weight` (ours), `[B, V, T, h, w]`: how often the
-    values of a place count, in sums and counts, in place of once.
+    values of a place count, in sums and counts, in place of once. Weights that depend on the target change what is learned, E[w v | x_σ] /
+    E[w | x_σ] in place of E[v | x_σ]: the flow then leads to data drawn as often as they weigh.
     """
     mask = jnp.asarray(mask, jnp.float32)
     if mask.ndim == 2:

@@ -126,7 +126,7 @@ class _Run:
                     return jax.block_until_ready(state), step - 1, "notice"
                 with clock("data"):
                     batch = next(batches)
-                profile.at(step)
+                profile.at(step, state)
                 if step == start + 1:
                     with clock("compile"):  # and run once: constants move to the devices here, which later on would be a mistake
                         state, metrics = jax.block_until_ready(trainer.step(state, batch, trainer.key))
@@ -286,12 +286,14 @@ class _profile(contextlib.AbstractContextManager):
         self.folder, self.first, self.last = folder, max(window[0], start + 2), max(window[0], start + 2) + window[1]
         self.running, self.wanted = False, window[1] > 0
 
-    def at(self, step: int) -> None:
-        """To be called before each step."""
+    def at(self, step: int, state) -> None:
+        """To be called before each step. Steps are started ahead of the device: `state`, the last one's, is waited for at both ends."""
         if self.wanted and not self.running and step == self.first:
+            jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.folder / "profile"))
             self.running = True
         elif self.running and step == self.last:
+            jax.block_until_ready(state)
             self._stop()
 
     def _stop(self):
