@@ -55,7 +55,7 @@ stage 3b "$runs/stage3/model.safetensors" $short --config.train.steps=1300 --con
 longer=(--config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" --config.train.fps_weights="(0.4,0.6)")
 stage 3c "$runs/stage3b/model.safetensors" "${longer[@]}" --config.train.steps=2480 --config.train.foreground_weight=2 --config.train.four_frames=0.6 \
   --config.seed=4
-# Weights that start from four frames by themselves, as the shipped ones do, come of generate.conditioning=4 beside them.
+# This file says that its windows start from two frames; the shipped one was made to say four, which is generate.conditioning=4 here.
 stage 3d "$runs/stage3c/model.safetensors" "${longer[@]}" --config.train.steps=2700 --config.train.four_frames=0.7 --config.train.single_frame=0.15 \
   --config.seed=5 "$@"
 echo "$autoencoder"
