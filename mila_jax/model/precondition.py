@@ -97,14 +97,8 @@ def linear_denoiser(carried, levels, k):
     m = inverse(moments(levels, k))
     gain_x, gain_v = ka @ m, cross @ m  # [b, v, c, t, t]
     variance = 1 + jnp.diagonal(k, axis1=-2, axis2=-1) - (gain_v * cross).sum(-1)
-    x, v = (weighted_sum(gain, carried) for gain in (gain_x, gain_v))
+    x, v = (jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried) for gain in (gain_x, gain_v))
     return x, v, jnp.sqrt(jnp.clip(jnp.swapaxes(variance, -1, -2), 1e-6))
-
-
-def weighted_sum(gain, carried):
-    """Σ_j gain [b, v, c, i, j] · carried [b, v, i, j, h, w, c] → [b, v, i, h, w, c], term by term: as products of matrices they had one row each."""
-    gain = jnp.moveaxis(gain, 2, -1)[..., None, None, :]  # [b, v, i, j, 1, 1, c]
-    return sum(gain[:, :, :, j] * carried[:, :, :, j] for j in range(carried.shape[3]))
 
 
 def others_gain(levels, k):
@@ -147,7 +141,7 @@ def preconditioned(network, prior: Prior, sweep: int = 0):
             # What moves with the car is near it whatever the way: its frames are as alike as those of a standing car.
             near = covariance(conditions.frame_times, corridor.way(conditions.waypoints), prior.weights) if corridor.moves else k
             own = others_gain(levels, near) if corridor.moves else gain
-            seen.append(jax.lax.stop_gradient(weighted_sum(own, guess)))
+            seen.append(jax.lax.stop_gradient(jnp.einsum("bvcij,bvijhwc->bvihwc", own, guess)))
         f = network(jnp.concatenate(seen, -1), levels, conditions)
         return (v + std[:, :, :, None, None] * f) @ basis.T
 
