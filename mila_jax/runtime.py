@@ -1,6 +1,6 @@
 """What every command sets up before JAX starts."""
 
-import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -8,7 +8,11 @@ import pathlib
 
 import jax
 
+from mila_jax.malloc import keep_freed_memory, set_fragments_aside
+
 _GOOGLE, _NETWORK_CARD = "0x1ae0", "0x0042"  # PCI vendor; that vendor's network card, which every cloud machine has
+
+_LONG_COMPILE = 2.0  # seconds; also what is worth keeping on disk
 
 # Flags of XLA's CPU compiler, by the jaxlib versions that they were tried with: XLA ends the process on a flag it does not know.
 _CPU_FLAGS_OF = "0.10."
@@ -37,7 +41,7 @@ def setup() -> None:
     except OSError:
         return  # a read-only home is no reason not to run
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LONG_COMPILE)
 
 
 def runs_on_cpu(root="/") -> bool:
@@ -49,24 +53,21 @@ def runs_on_cpu(root="/") -> bool:
 def setup_cpu() -> None:
     """Settings of malloc and of XLA's compiler that make computing on a CPU faster. Whoever sets a flag in XLA_FLAGS keeps it."""
     keep_freed_memory()
+    tidy_after_compiling()
     if importlib.metadata.version("jaxlib").startswith(_CPU_FLAGS_OF):
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{k}={v}" for k, v in _CPU_FLAGS.items() if f"--{k}=" not in flags)]).strip()
 
 
-def keep_freed_memory() -> None:
-    """Has glibc's malloc keep memory that is freed for the next allocation; elsewhere nothing happens.
+@functools.cache  # once in a process
+def tidy_after_compiling() -> None:
+    """From now on, what the compiler leaves of the heap is put in order whenever it has worked for long (`set_fragments_aside`)."""
 
-    XLA frees the arrays of a step at its end. Given back to the system, every page of them has to be cleared again in the next
-    step, which is a good part of a small model's time on a CPU.
-    """
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # parameters of mallopt(3)
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
-        return
-    for parameter, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
-        mallopt(parameter, value)
+    def tidy(event: str, seconds: float, **_) -> None:
+        if event.endswith("backend_compile_duration") and seconds > _LONG_COMPILE:
+            set_fragments_aside()
+
+    jax.monitoring.register_event_duration_secs_listener(tidy)
 
 
 def tpu_present(root="/") -> bool:

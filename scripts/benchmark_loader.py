@@ -39,7 +39,7 @@ from data_pipeline import records  # noqa: E402
 from data_pipeline.clips import ClipSource, ClipSpec  # noqa: E402
 from data_pipeline.example import serialise_example  # noqa: E402
 from data_pipeline.loader import AHEAD, SMALL_CLIP, THREADS, Order, make_loader  # noqa: E402
-from mila_jax.runtime import keep_freed_memory  # noqa: E402
+from mila_jax.malloc import keep_freed_memory  # noqa: E402
 
 CHANNELS, HOST_CHIPS = 8, 4
 

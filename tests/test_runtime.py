@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from mila_jax import runtime
@@ -53,6 +54,7 @@ def test_with_libtpu_and_no_tpu_jax_starts_quietly_on_the_cpu(tmp_path):
 
 def test_cpu_flags_leave_what_is_set(monkeypatch):
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(runtime, "tidy_after_compiling", lambda: None)
     monkeypatch.setattr(runtime.importlib.metadata, "version", lambda name: "0.10.2")
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=256 --xla_other=1")
     runtime.setup_cpu()
@@ -71,16 +73,16 @@ def test_where_there_is_no_accelerator_it_is_the_cpu(tmp_path, monkeypatch, envi
     assert runtime.runs_on_cpu(tmp_path) == cpu
 
 
-def test_freed_memory_is_kept():
-    """In a process of its own, since it cannot be undone: large arrays are no longer mapped and unmapped one by one."""
-    code = """
-import resource
-from mila_jax.runtime import keep_freed_memory
-keep_freed_memory()
-b'x' * (1 << 27); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5): b'x' * (1 << 27)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1])
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < (1 << 27) / 4096  # one array's pages; each of the five would need them all
+@pytest.mark.parametrize("threshold, tidied", [(0.0, True), (1e6, False)])
+def test_the_heap_is_tidied_after_long_compiling_only(monkeypatch, threshold, tidied):
+    calls, listeners = [], []
+    monkeypatch.setattr(runtime, "set_fragments_aside", lambda: calls.append(1))
+    monkeypatch.setattr(runtime, "_LONG_COMPILE", threshold)
+    register = jax.monitoring.register_event_duration_secs_listener
+    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", lambda f: (listeners.append(f), register(f)))
+    runtime.tidy_after_compiling.__wrapped__()
+    try:
+        jax.jit(lambda x: x * 3 + threshold)(1.5)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listeners[0])
+    assert bool(calls) == tidied
