@@ -10,21 +10,6 @@ python=.venv/bin/python
 runs=runs/pretrain
 autoencoder="$runs/autoencoder/autoencoder.safetensors"
 
-# Trains in two processes of one core each, which share the batch: XLA uses two cores poorly in programs as small as this one.
-train() {
-  if ! command -v taskset >/dev/null || [ "$(nproc)" -lt 2 ]; then $python -m mila_jax train "$@"; return; fi
-  local port pids=() failed=0 pid
-  port="$($python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
-  for n in 0 1; do
-    MILA_COORDINATOR="127.0.0.1:$port" MILA_PROCESS_COUNT=2 MILA_PROCESS_ID=$n JAX_PLATFORMS=cpu taskset -c "$n" $python -m mila_jax train "$@" &
-    pids+=($!)
-  done
-  trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
-  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
-  trap - EXIT
-  return $failed
-}
-
 $python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes" \
   --config.simulate.scenes=96 --config.simulate.seconds=8 --config.simulate.val_scenes=4
 $python -m mila_jax.train.autoencoder --data="$runs/nuscenes" --out="$runs/autoencoder" --steps=6000 --batch-size=8
@@ -32,12 +17,12 @@ $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$ru
   --config.data.foreground=True --config.autoencoder.path="$autoencoder"
 short="--config.window.frames=8 --config.window.conditioning=2 --config.train.optimizer=adamw"  # as they were trained
 # A first network, smaller and without the sweep; the three stages grow it.
-train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/base" --config.train.steps=4000 \
+$python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/base" --config.train.steps=4000 \
   $short --config.train.single_frame=0.1 --config.model.depth=4 --config.model.sweep=0 --config.train.context_rate=0 --config.window.tpd_strength=0.5
 
 stage() {  # number, weights to start from, further arguments
   local number="$1" from="$2"; shift 2
-  train --config="configs/tiny.py:stage${number%[bcd]}" --config.data.dir="$runs/encoded" --config.train.dir="$runs/stage$number" \
+  $python -m mila_jax train --config="configs/tiny.py:stage${number%[bcd]}" --config.data.dir="$runs/encoded" --config.train.dir="$runs/stage$number" \
     --config.train.init_from="$from" --config.train.learning_rate=8e-4 --config.train.single_frame=0.2 --config.train.checkpoint_every=100 "$@"
 }
 # Windows of 2 + 12 frames at 1 Hz are longer than the scenes, so stage 1 has two rates; the patch embedding is new where the sweep enters.

@@ -1,6 +1,7 @@
 """The backbone: equal to the original code with one view, and what MiLA adds."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,20 @@ def test_attention_weights_depend_on_directions_relative_to_each_other():
     raised = rays.at[:, 2].add(0.5)
     assert float(jnp.abs(products(raised) - products(rays)).max()) > 0.05
     assert float(jnp.abs(products(rays) - jnp.einsum("qke,ske->qs", q, k)).max()) > 0.1
+
+
+def test_cosines_are_computed_once_for_all_blocks():
+    """Compiled for one CPU, where a network of two pairs was found to compute those of every token again in every block."""
+
+    def cosines(depth):
+        config = dataclasses.replace(CONFIG, depth=depth, ray_rotary=True)
+        graphdef, params = stdit3_weights.create(config)
+        x, levels = jnp.zeros((1, 6, 3, 4, 6, 2)), jnp.zeros((1, 6, 3))
+        network = jax.jit(lambda p: nnx.merge(graphdef, p)(x, levels, make_conditions()))
+        text = network.lower(params).compile().as_text()
+        return len(re.findall(r" (?:cosine|sine)\(", text))
+
+    assert 0 < cosines(1) == cosines(2)
 
 
 def test_null_conditions_are_learned_not_zero():

@@ -17,6 +17,7 @@ from flax import nnx
 from mila_jax.errors import UserError
 from mila_jax.model.attention import KERNELS, SPATIAL, TEMPORAL, TEMPORAL_KERNELS, TEXT_KERNELS, CrossAttention, SelfAttention
 from mila_jax.model.conditions import Conditions
+from mila_jax.model.cpu_gradients import for_one_cpu
 from mila_jax.model.gather import gathered
 from mila_jax.model.motion import camera_rays
 from mila_jax.model.norms import layer_norm, modulated_norm
@@ -237,13 +238,15 @@ class DiT(nnx.Module):
             looks = camera_rays(conditions.intrinsics[:, :, ::pt], conditions.extrinsics[:, :, ::pt], rows, columns)
             looks = rearrange(looks, "b v t h w i -> b t (v h w) i")
             rays = ray_rotary_tables(constrain(looks, "batch", "frames", None, None), columns, cfg.width // cfg.heads)
+            if for_one_cpu():  # whose compiler would compute cosines again in every block and for every head, but not through a product
+                rays = tuple(table @ jnp.eye(table.shape[-1]) for table in rays)
 
         def body(x, pair):
             x = keep(x, STREAM)
             return pair(x, text, conditions.text_mask, mod, rays, rotary).astype(dtype), None
 
         # Unrolled, a short stack runs faster on a CPU; a deep one would take the compiler many minutes.
-        unroll = cfg.unroll or (cfg.depth if cfg.depth <= 8 else 1)
+        unroll = cfg.unroll or (cfg.depth if cfg.depth <= (12 if for_one_cpu() else 8) else 1)
         pairs, first = gathered(self.pairs, dtype), 0
         for name, count in parts(cfg.remat, cfg.depth):
             some = pairs if count == cfg.depth else jax.tree.map(lambda p, a=first, b=first + count: p[a:b], pairs)

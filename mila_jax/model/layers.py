@@ -139,11 +139,11 @@ def position_table(rows: int, columns: int, width: int, image_size, base_size: i
     """
     base = round(math.sqrt(rows * columns))
     scale = math.sqrt(image_size[0] * image_size[1]) / base_size
-    inverse = 1e4 ** (-2 * jnp.arange(width // 4, dtype=jnp.float32) / (width // 2))
+    inverse = 1e4 ** (-2 * np.arange(width // 4, dtype=np.float32) / (width // 2))
 
-    def encode(count):
-        angles = (jnp.arange(count, dtype=jnp.float32) / scale * (base / count))[:, None] * inverse
-        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    def encode(count):  # by NumPy: in the program, a compiler may compute sines again for every token that they are added to
+        angles = (np.arange(count, dtype=np.float32) / scale * (base / count))[:, None] * inverse
+        return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], -1), jnp.float32)
 
     row, column = encode(rows), encode(columns)
     table = jnp.concatenate(
@@ -154,9 +154,9 @@ def position_table(rows: int, columns: int, width: int, image_size, base_size: i
 
 def rotary_tables(frames: int, head_width: int):
     """Cosine and sine [frames, head_width / 2] of the frame index, theta 1e4 (frame rate is told by the fps embedding)."""
-    inverse = 1e4 ** (-2 * jnp.arange(head_width // 2, dtype=jnp.float32) / head_width)
-    angles = jnp.arange(frames, dtype=jnp.float32)[:, None] * inverse
-    return jnp.cos(angles), jnp.sin(angles)
+    inverse = 1e4 ** (-2 * np.arange(head_width // 2, dtype=np.float32) / head_width)
+    angles = np.arange(frames, dtype=np.float32)[:, None] * inverse
+    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
 
 
 def ray_rotary_tables(rays, columns: int, head_width: int):
