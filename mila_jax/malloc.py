@@ -7,7 +7,9 @@ import ctypes
 import functools
 import threading
 
-_SMALLEST, _LARGEST = 1 << 11, 1 << 30  # bytes of a piece that is set aside; smaller ones are found at once, by lists of their own size
+_PAGE = 4096
+# Bytes. Free pieces below the first are found at once, by lists of their own size; those from the second on are few and worth keeping.
+_SMALLEST, _LARGE, _LARGEST = 1 << 11, 1 << 20, 1 << 30
 
 
 @functools.cache
@@ -15,13 +17,12 @@ def _libc():
     """The functions of glibc that are used here, or None."""
     try:
         libc = ctypes.CDLL(None)
-        malloc, free, sbrk, _, _ = libc.malloc, libc.free, libc.sbrk, libc.mallopt, libc.malloc_trim
+        malloc, free, madvise, _, _ = libc.malloc, libc.free, libc.madvise, libc.mallopt, libc.gnu_get_libc_version
     except (AttributeError, OSError):
         return None
     malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     free.restype, free.argtypes = None, [ctypes.c_void_p]
-    sbrk.restype, sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
-    libc.malloc_trim.argtypes = [ctypes.c_size_t]
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc
 
 
@@ -40,14 +41,15 @@ def keep_freed_memory() -> None:
 
 _aside: list[int] = []  # addresses of the pieces that are set aside
 _one_at_a_time = threading.Lock()
+_DONTNEED = 4  # of madvise(2)
 
 
 def set_fragments_aside() -> int:
-    """Takes the free pieces between used ones off the heap, so that what follows is served from its end; returns how many bytes.
+    """Takes the small free pieces between used ones off the heap; returns how many bytes they have.
 
     The compiler leaves hundreds of MiB in ten thousands of pieces of all sizes. Every malloc of a step then searches them, and every
-    thread waits for it. Pages of a piece go back to the system first: what is taken is addresses, not memory. Pieces set aside by an
-    earlier call are given back before, so that calls do not add up.
+    thread waits for it. Their pages go back to the system: what is taken is addresses, not memory. Pieces set aside by an earlier call
+    are given back before, so that calls do not add up.
     """
     libc = _libc()
     if libc is None:
@@ -55,14 +57,29 @@ def set_fragments_aside() -> int:
     with _one_at_a_time:
         while _aside:
             libc.free(_aside.pop())
-        libc.malloc_trim(0)
-        end, taken, size = libc.sbrk(0), 0, _LARGEST
-        while size >= _SMALLEST:
-            piece = libc.malloc(size)
-            if piece and piece + size <= end:
-                _aside.append(piece)
-                taken += size
-            else:  # cut from the end of the heap: no free piece is as large
-                libc.free(piece)
-                size = size * 7 // 8
-    return taken
+        end = libc.malloc(4 * _LARGEST)  # larger than any free piece, so that it lies where the heap's last, open piece begins
+        if end is None:
+            return 0
+        libc.free(end)
+        large = [piece for piece, _ in _pieces(libc, _LARGEST, _LARGE, end)]
+        small = list(_pieces(libc, _LARGE, _SMALLEST, end))
+        for piece, size in small:
+            first, last = -(-piece // _PAGE) * _PAGE, (piece + size) // _PAGE * _PAGE
+            if first < last:
+                libc.madvise(first, last - first, _DONTNEED)
+        _aside.extend(piece for piece, _ in small)
+        for piece in large:
+            libc.free(piece)
+        return sum(size for _, size in small)
+
+
+def _pieces(libc, largest: int, smallest: int, end: int):
+    """Allocates what is free before `end`: yields (address, size), sizes falling from `largest` to `smallest`."""
+    size = largest
+    while size >= smallest:
+        piece = libc.malloc(size)
+        if piece and piece < end:
+            yield piece, size
+        else:  # nothing free is as large
+            libc.free(piece)
+            size = size * 7 // 8

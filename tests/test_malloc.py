@@ -48,3 +48,19 @@ print(sum(sizes[1::2]), taken, again, inside, before, int(intact))
     assert taken > 0.9 * freed and 0.9 < again / taken < 1.1
     assert inside == 0 < inside_before
     assert intact
+
+
+def test_large_free_pieces_stay_in_use():
+    """An array's place, with what lies behind it kept, serves the next one of its size: none of its pages is cleared again."""
+    [faults] = run("""
+import resource
+from mila_jax.malloc import keep_freed_memory, set_fragments_aside
+keep_freed_memory()
+array, behind = b'x' * (1 << 27), bytes(100_000)
+del array
+set_fragments_aside()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+array = b'x' * (1 << 27)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+""")
+    assert faults < 1_000
