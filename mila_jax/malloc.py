@@ -5,9 +5,10 @@ Elsewhere (another C library) every function here does nothing.
 
 import ctypes
 import functools
+import mmap
 import threading
 
-_PAGE = 4096
+_PAGE = mmap.PAGESIZE
 # Bytes. Free pieces below the first are found at once, by lists of their own size; those from the second on are few and worth keeping.
 _SMALLEST, _LARGE, _LARGEST = 1 << 11, 1 << 20, 1 << 30
 
@@ -22,6 +23,7 @@ def _libc():
         return None
     malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     free.restype, free.argtypes = None, [ctypes.c_void_p]
+    libc.malloc_usable_size.restype, libc.malloc_usable_size.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc
 
@@ -61,8 +63,13 @@ def set_fragments_aside() -> int:
         if end is None:
             return 0
         libc.free(end)
-        large = [piece for piece, _ in _pieces(libc, _LARGEST, _LARGE, end)]
-        small = list(_pieces(libc, _LARGE, _SMALLEST, end))
+        large, small, behind = [], [], set()  # behind: where pieces begin that follow on those of `large`
+        for piece, size in _pieces(libc, end):
+            if size >= _LARGE or piece in behind:  # the rest of a large piece belongs to it
+                large.append(piece)
+                behind.add(piece + libc.malloc_usable_size(piece) + ctypes.sizeof(ctypes.c_size_t))
+            else:
+                small.append((piece, size))
         for piece, size in small:
             first, last = -(-piece // _PAGE) * _PAGE, (piece + size) // _PAGE * _PAGE
             if first < last:
@@ -73,10 +80,10 @@ def set_fragments_aside() -> int:
         return sum(size for _, size in small)
 
 
-def _pieces(libc, largest: int, smallest: int, end: int):
-    """Allocates what is free before `end`: yields (address, size), sizes falling from `largest` to `smallest`."""
-    size = largest
-    while size >= smallest:
+def _pieces(libc, end: int):
+    """Allocates what is free before `end`: yields (address, size), sizes falling; within a free piece from its beginning on."""
+    size = _LARGEST
+    while size >= _SMALLEST:
         piece = libc.malloc(size)
         if piece and piece < end:
             yield piece, size
