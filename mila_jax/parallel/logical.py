@@ -31,6 +31,7 @@ RULES = {
     "mlp": "tensor",
     "heads": "tensor",
     "head_dim": None,
+    "matrices": "fsdp",  # kernels of the blocks while Muon orthogonalizes them: each whole on one device
 }
 
 # How attention that runs across the axis split over `context` is made whole again. Spatial attention never does; temporal does.

@@ -8,10 +8,10 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from mila_jax.errors import UserError
+from mila_jax.train.muon import muon
 
 OPTIMIZERS = ("adamw", "muon")
 MOMENTS = ("float32", "bfloat16")
-MUON_RMS = 0.2  # root mean square of Muon's steps over the learning rate, about AdamW's, so that one learning rate serves both (arXiv:2502.16982)
 
 
 def learning_rate(train):
@@ -38,10 +38,7 @@ def make_optimizer(train) -> optax.GradientTransformation:
     if name == "adamw":
         inner = optax.adamw(rate, b1=0.9, b2=train.beta2, eps=train.epsilon, weight_decay=train.weight_decay)
     else:
-        inner = optax.contrib.muon(
-            rate, eps=train.epsilon, consistent_rms=MUON_RMS, weight_decay=train.weight_decay, adam_b2=train.beta2, adam_weight_decay=train.weight_decay,
-            muon_weight_dimension_numbers=matrices,
-        )  # fmt: skip
+        inner = muon(rate, matrices, eps=train.epsilon, weight_decay=train.weight_decay, adam_b2=train.beta2)
     return optax.chain(optax.clip_by_global_norm(train.clip), inner if moments == "float32" else in_bfloat16(inner))
 
 
