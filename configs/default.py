@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     c.window = ConfigDict()
     c.window.frames = 8  # T, conditioning frames included
     c.window.conditioning = 2  # N clean first frames at 12 Hz
-    c.window.anchor_stride = 6  # 12 Hz frames from one anchor to the next: 6 = anchors at 2 Hz
+    c.window.anchor_stride = 6  # 12 Hz frames from one coarse frame to the next: 6 = 2 Hz, one of train.fps. Every window ends in the last of its own
     c.window.anchor_error = 0.15  # a: how wrong a coarse anchor is taken to be (reconstructed)
     c.window.anchor_level = 0.4  # σ_a: noise level from which an anchor is corrected; at least anchor_error (reconstructed)
     c.window.tpd_family = "exponential"  # power | rational | exponential
@@ -148,7 +148,7 @@ def get_config() -> ConfigDict:
     c.generate.jdc = True  # False: anchors are not corrected, which makes coarse_to_refine divide_and_conquer
     c.generate.window = 0  # frames of a window, conditioning included; 0 = as trained, here and in the next two
     c.generate.conditioning = 0  # clean first frames of a window
-    c.generate.anchor_stride = 0  # 12 Hz frames from anchor to anchor, a multiple of the new frames of a window (12 = anchors at 1 Hz)
+    c.generate.anchor_stride = 0  # 12 Hz frames from one coarse frame to the next, a multiple or a divisor of the new frames of a window
     c.generate.guidance_text = 1.0  # 1 = none
     c.generate.guidance_waypoints = 1.0
     c.generate.guidance_batched = True  # one pass over a larger batch; False: one after the other, in less memory

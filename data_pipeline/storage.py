@@ -138,13 +138,18 @@ class Folder:
             yield file
 
     def write(self, name: str, content: bytes) -> None:
-        """Replaces it by `content`, all of it or nothing."""
+        """Replaces it by `content`, all of it or nothing, also where several processes do so at once."""
         if self.remote:
             with named_errors(self.at(name), "written"):
                 return self.fs.pipe_file(self._inside(name), content)
-        partial = self.at(name + ".tmp")
-        partial.write_bytes(content)
-        os.replace(partial, self.at(name))
+        partial = self.at(f"{name}.{os.getpid()}.tmp")
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, self.at(name))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
     def remove(self, name: str) -> None:
         """Deletes it if it is there."""
@@ -155,7 +160,7 @@ class Folder:
 
     @contextlib.contextmanager
     def writing(self, name: str):
-        """A local path to write `name` to; what is there when the block ends without an error becomes `name`."""
+        """A local path to write `name` to; what is there when the block ends without an error becomes `name`. For one process at a time."""
         if not self.remote:
             partial = self.at(name + ".tmp")
             yield partial

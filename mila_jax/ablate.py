@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -16,7 +17,7 @@ import tqdm
 
 from data_pipeline.clips import read_scene
 from data_pipeline.records import read_index, write_atomically
-from mila_jax.decode import open_decoder
+from mila_jax.decode import WITHOUT_EFFECT, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import resample
 from mila_jax.evaluate.efficientnet import FeatureExtractor
@@ -126,14 +127,15 @@ class Bench:
     def cell(self, variant: Variant, clip: tuple[str, float], alpha: float, a: float, sigma_a: float) -> dict:
         """features [t, 6, d] and statistics of the variant's video of a clip (scene, seconds), made or read."""
         config = self.settings(variant, alpha, a, sigma_a)
-        how = {k: v for k, v in config.generate.to_dict().items() if k != "weights" and not k.startswith("decode_")}
+        how = {k: v for k, v in config.generate.to_dict().items() if k != "weights" and k not in WITHOUT_EFFECT}
         label = [self.model.sha256, dataclasses.asdict(variant), clip, how, json.loads(config.window.to_json())]
         path = self.folder / (hashlib.sha256(json.dumps([*label, config.seed], sort_keys=True).encode()).hexdigest()[:20] + ".npz")
         return _kept(path, lambda: self._describe(self._video(variant, clip, config)))
 
     def recorded(self, clip: tuple[str, float], frames: int) -> dict:
         """The same of the recorded frames, decoded from their latents."""
-        path = self.folder / (hashlib.sha256(json.dumps([self.decoder.codec.sha256, clip, frames]).encode()).hexdigest()[:20] + ".npz")
+        tile = [self.config.generate.decode_tile] if self.config.generate.decode_tile else []
+        path = self.folder / (hashlib.sha256(json.dumps([self.decoder.codec.sha256, clip, frames, *tile]).encode()).hexdigest()[:20] + ".npz")
         scene = read_scene(self.config.data.dir, clip[0])
         _, after = from_scene(scene, clip[1], 1)
         return _kept(path, lambda: self._describe(scene["latents"][after[:frames]].swapaxes(0, 1)))
@@ -146,7 +148,7 @@ class Bench:
         anchors = None
         if variant.anchors == "true":
             plan = make_plan(config, variant.frames, config.window.conditioning)
-            numbers = after[plan.refine.indices[plan.refine.anchored, -1] - 1]
+            numbers = after[plan.anchor_frames - 1]
             anchors = np.asarray(scene["latents"][numbers], np.float32).swapaxes(0, 1)[None]
         generator = self._generators.setdefault((config.window.frames, config.window.conditioning), Generator(self.model, config)).with_config(config)
         seed = int(hashlib.sha256(repr(clip).encode()).hexdigest()[:6], 16) + config.seed  # the clip's own, the same for all variants
@@ -215,9 +217,9 @@ def ablate_command(config, out, *, clips: int = 8, long_seconds: float = 4.0, re
         raise UserError("data.dir is not set; give --config.data.dir=FOLDER of an encoded data set")
     if clips < 2:
         raise UserError(f"--clips={clips} must be at least 2: intervals are over clips")
-    long = round(long_seconds * 12)
-    if long < 12:
+    if not 1 <= long_seconds < math.inf:
         raise UserError(f"--long={long_seconds:g} must be at least 1 s")
+    long = round(long_seconds * 12)
     out = writable_folder(out)
     (out / "cells").mkdir(exist_ok=True)
     bench = Bench(config, out / "cells", extractor or FeatureExtractor(FEATURE_SIZE))
@@ -265,7 +267,7 @@ def ablate_command(config, out, *, clips: int = 8, long_seconds: float = 4.0, re
             for n in numbers:
                 sign = 1 if n in ("front", "multi") else -1
                 value, *drawn = sign * measured(v, n)
-                low, high = resample.interval(drawn)
+                low, high = map(float, resample.interval(drawn, value))
                 texts.append(f"{value:.4g} ({low:.4g} … {high:.4g})")
                 kept[n] = [float(value), low, high]
             lines.append("| " + " | ".join(map(str, [*lead, clips, *texts])) + " |")
@@ -273,7 +275,7 @@ def ablate_command(config, out, *, clips: int = 8, long_seconds: float = 4.0, re
     lines += ["", "## Which of the paper's directions hold here", "", "| claim | measured on | gain (paired 95 % interval) | here |", "| --- | --- | --- | --- |"]
     for claim, n, better, worse in claims:
         gain, *drawn = measured(worse, n) - measured(better, n)
-        low, high = resample.interval(drawn)
+        low, high = map(float, resample.interval(drawn, gain))
         verdict = "holds" if low > 0 else "the other way round" if high < 0 else "undecided"
         lines.append(f"| {claim} | {n} | {gain:.4g} ({low:.4g} … {high:.4g}) | {verdict} |")
         record["directions"].append({"claim": claim, "number": n, "gain": float(gain), "low": low, "high": high, "verdict": verdict})

@@ -7,6 +7,7 @@ import tqdm
 
 from mila_jax.errors import UserError
 
+WITHOUT_EFFECT = ("decode_frames", "decode_views")  # settings of `generate` that change no picture
 OVERLAP = 0.25  # share of a tile that it has in common with the next
 
 

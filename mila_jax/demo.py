@@ -135,18 +135,20 @@ def _generate(config, model, folder, seconds, frames, progress):
     }  # fmt: skip
     identity = json.loads(json.dumps(identity, default=str))
     record = folder / "video.json"
-    complete = record.exists() and all((folder / n).exists() for n in ("latents.npz", "video.mp4", "recorded.mp4"))
+    complete = record.exists() and all((folder / n).exists() for n in ("latents.npz", "video.mp4"))
     if not (complete and json.loads(record.read_text()) == identity):
-        for path in (record, folder / "generate.json"):  # until all files are of the new video, none counts
+        for path in (record, folder / "generate.json", folder / "recorded.mp4"):  # until all files are of the new video, none counts
             path.unlink(missing_ok=True)
         options = types.SimpleNamespace(
             data=config.data.dir, scene=name, start=START, seconds=seconds, out=folder, seed=config.seed, text=None, frames=None, waypoints=None,
             speed=8.0, explain=False, per_view=False,
         )  # fmt: skip
         generate_command(config, options, progress=progress)
-        recorded = open_decoder(codec, config)(scene["latents"][after[:frames]].swapaxes(0, 1))
-        write_six_views(folder / "recorded.mp4", recorded, FRAME_RATE, scale=SCALE)
         write_atomically(record, json.dumps(identity, indent=1).encode())
+    if not (folder / "recorded.mp4").exists():
+        recorded = open_decoder(codec, config)(scene["latents"][after[:frames]].swapaxes(0, 1))
+        write_six_views(folder / "recorded.part.mp4", recorded, FRAME_RATE, scale=SCALE)
+        (folder / "recorded.part.mp4").replace(folder / "recorded.mp4")
     return start, scene, after
 
 
@@ -155,6 +157,8 @@ def _report(config, model, outcome, out, clock, start, scene, after, progress) -
     decoder = open_decoder(codec, config)
     with np.load(video / "latents.npz") as z:
         generated, anchors = z["latents"].astype(np.float32), {key: z[key] for key in ("anchors", "corrected") if key in z.files}
+    if anchors:
+        anchors["numbers"] = drift.anchor_frames(json.loads((video / "generate.json").read_text()), anchors["anchors"].shape[1])
     recorded = scene["latents"][after].swapaxes(0, 1)
     length = min(generated.shape[1], recorded.shape[1])
     given = np.stack(list(decoder(start.first_latents)))
@@ -186,7 +190,7 @@ def _report(config, model, outcome, out, clock, start, scene, after, progress) -
     rows = agreement({"generated": fake, "recorded": true}, start)
     report.add_table(rows, caption="Agreement of neighbouring views where they overlap, beside a wrong pairing of cameras")
     if length >= 2 * drift.RATE:
-        _add_drift(report, decoder, extractor, start, generated[:, :length], recorded[:, :length], anchors, config)
+        _add_drift(report, decoder, extractor, start, generated[:, :length], recorded[:, :length], anchors)
     images = held_out_images(config.data.nuscenes, config.data.version, config.data.image_size)
     psnr, back = reconstruction(codec, images)
     pairs = np.concatenate([np.concatenate(list(x[:6]), 1) for x in (images, back)], 0)
@@ -201,13 +205,13 @@ def _report(config, model, outcome, out, clock, start, scene, after, progress) -
     return report
 
 
-def _add_drift(report, decoder, extractor, start, generated, recorded, anchors, config) -> None:
-    """Curves over the seconds of the video, beside the recorded one's."""
+def _add_drift(report, decoder, extractor, start, generated, recorded, anchors: dict) -> None:
+    """Curves over the seconds of the video, beside the recorded one's. anchors: arguments of `drift.anchor_residual`, or empty."""
     report.add_heading("Drift")
     height, width = next(iter(decoder(generated[:, :1]))).shape[1:3]
     strips = overlaps(start.intrinsics, start.extrinsics[:, :3], start.extrinsics[:, 3:], height, width)
     fake, true = (drift.measure(decoder(latents), extractor=extractor, strips=strips) for latents in (generated, recorded))
-    residuals = {"anchors": drift.anchor_residual(anchors["anchors"], anchors["corrected"], config.window.anchor_stride)} if anchors else None
+    residuals = {"anchors": drift.anchor_residual(**anchors)} if anchors else None
     drift.add_to_report(report, {"generated": drift.curves([fake], [true])}, residuals)
 
 

@@ -38,15 +38,19 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
         raise UserError(f"{config.data.dir} holds temporal latents (autoencoder.temporal); mila drift is for those of single pictures")
     if index.meta.get("autoencoder_sha256", codec.sha256) != codec.sha256:
         raise UserError(f"{config.data.dir} was encoded with another autoencoder; set autoencoder.path to that one's file")
-    if not any(scene.split == "val" for scene in index.scenes):
+    val = [scene for scene in index.scenes if scene.split == "val"]
+    if not val:
         raise UserError(f"{config.data.dir} has no val scenes to compare with")
+    short = [scene.name for scene in val if len(scene.timestamps_us) < drift.RATE]
+    if short:
+        raise UserError(f"{config.data.dir}: val scene {short[0]} has fewer than {drift.RATE} instants; drift needs at least a second of each")
     for folder in map(pathlib.Path, folders):
         _read(folder, codec, index.latent_shape)
     out = writable_folder(out)
     decoder = open_decoder(codec, config)
     extractor = extractor or FeatureExtractor(FEATURE_SIZE)
     recorded, strips, follow = [], None, {"recorded": []}
-    for scene in (s for s in index.scenes if s.split == "val"):
+    for scene in val:
         scene = read_scene(config.data.dir, scene.name)
         frames = list(decoder(scene["latents"].swapaxes(0, 1)))
         strips = overlaps(*(scene[key][0] for key in ("intrinsics", "cam2ego_translation", "cam2ego_rotation")), *frames[0].shape[1:3])
@@ -56,17 +60,20 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
         if motion:
             follow["recorded"].append(_follow(recorded[-1], poses) | {"video": scene["name"]})
     groups, residuals = {}, {}
-    for folder in map(pathlib.Path, folders):
+    for folder, label in zip(map(pathlib.Path, folders), labels(folders)):
         about, arrays = _read(folder, codec, index.latent_shape)
-        estimator = None
+        estimator, own = None, strips
+        if {"intrinsics", "extrinsics"} <= set(arrays):
+            own = overlaps(arrays["intrinsics"], arrays["extrinsics"][:, :3], arrays["extrinsics"][:, 3:], *frames[0].shape[1:3])
         if motion and {"poses", "intrinsics", "extrinsics"} <= set(arrays):
             estimator = ego_motion or EgoMotion(arrays["intrinsics"], arrays["extrinsics"])
-        measured = drift.measure(decoder(arrays["latents"]), extractor=extractor, strips=strips, ego_motion=estimator, poses=arrays.get("poses"))
+        measured = drift.measure(decoder(arrays["latents"]), extractor=extractor, strips=own, ego_motion=estimator, poses=arrays.get("poses"))
         groups.setdefault(about["strategy"], []).append((_drive(about, arrays), measured))
         if estimator is not None:
-            follow.setdefault(about["strategy"], []).append(_follow(measured, arrays["poses"]) | {"video": folder.name})
+            follow.setdefault(about["strategy"], []).append(_follow(measured, arrays["poses"]) | {"video": label})
         if "anchors" in arrays:
-            residuals[folder.name] = drift.anchor_residual(arrays["anchors"], arrays["corrected"], about["anchor_stride"])
+            numbers = drift.anchor_frames(about, arrays["anchors"].shape[1])
+            residuals[label] = drift.anchor_residual(arrays["anchors"], arrays["corrected"], numbers)
     # In one order of drives, so that draws of videos pair the strategies.
     groups = {name: sorted(videos, key=lambda x: x[0]) for name, videos in groups.items()}
     named = {name: drift.curves([measured for _, measured in videos], recorded) for name, videos in groups.items()}
@@ -100,6 +107,12 @@ def _read(folder: pathlib.Path, codec, latent_shape) -> tuple[dict, dict]:
     if about["frames"] < drift.RATE:
         raise UserError(f"{folder} holds {about['frames']} frames; drift needs at least a second ({drift.RATE})")
     return about, arrays
+
+
+def labels(folders) -> list[str]:
+    """A name for each folder: its last part, or with the same one twice the whole path."""
+    names = [pathlib.Path(folder).name for folder in folders]
+    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
 
 
 def _drive(about, arrays) -> str:

@@ -44,7 +44,11 @@ def export_command(config, folders, out, *, format_: str, size: tuple[int, int] 
     if format_ == "act-bench":
         for video in videos:
             _check_act(video)
-    if format_ == "nuscenes" and (pathlib.Path(out) / VERSION / "scene.json").exists():
+        names = [video["folder"].resolve().name for video in videos]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UserError(f"two videos are named {twice[0]}, which is the name of their file; rename a folder")
+    if format_ == "nuscenes" and (pathlib.Path(out) / VERSION / "splits.json").exists():  # written last
         raise UserError(f"{out} holds an exported data set already; choose another --out")
     nusc = None if format_ == "act-bench" or config.data.nuscenes is None else open_nuscenes(config.data.nuscenes, config.data.version)
     sources = [_source(nusc, video) for video in videos] if format_ == "nuscenes" else []

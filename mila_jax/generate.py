@@ -12,7 +12,7 @@ import numpy as np
 from mila_jax.chunks import Chunks, chunks_of
 from mila_jax.decode import decode_frames  # noqa: F401 (a part of this module's interface)
 from mila_jax.errors import UserError
-from mila_jax.flow.plan import RolloutPlan, Windows, plan_rollout
+from mila_jax.flow.plan import RolloutPlan, Windows, fits, plan_rollout
 from mila_jax.flow.rollout import Rollout, Rows, SamplerOptions, State, Tables, collect, make_rows, make_tables, pad_rows, start_state, unmerge
 from mila_jax.flow.timeshift import shift_ratio
 from mila_jax.model.conditions import Conditions
@@ -262,6 +262,6 @@ def window_settings(model: WorldModel, config):
         if not 0 <= g[key] < math.inf:
             raise UserError(f"generate.{key}={g[key]:g} must be a number from 0 on; 1 is none")
     w.frames, w.conditioning = g.window or w.frames, g.conditioning or w.conditioning
-    if g.anchor_stride or g.window or g.conditioning:
-        w.anchor_stride = g.anchor_stride or w.frames - w.conditioning
+    new = w.frames - w.conditioning
+    w.anchor_stride = g.anchor_stride or (w.anchor_stride if fits(w.anchor_stride, new) else new)
     return config

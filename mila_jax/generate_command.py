@@ -116,7 +116,7 @@ class Making:
             "frames": self.length, "latents": plan.frames, "strategy": plan.strategy, "weights_sha256": generator.model.sha256, "steps": generator.options.steps,
             "generate_seconds": round(time.monotonic() - self.began, 1), "windows": self.job.windows, "windows_resumed": self.resumed,
             "anchors": plan.anchors, "sampler": dataclasses.asdict(generator.options), "window": plan.window, "conditioning": plan.conditioning,
-            "anchor_stride": plan.anchor_stride, "mesh": dict(generator.layout.mesh.shape),
+            "anchor_stride": plan.anchor_stride, "anchor_frames": plan.anchor_frames.tolist(), "mesh": dict(generator.layout.mesh.shape),
         }  # fmt: skip
 
 

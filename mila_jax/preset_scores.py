@@ -17,7 +17,7 @@ import tqdm
 from data_pipeline.clips import read_scene
 from data_pipeline.presets import Clip, clip_list_hash, get_preset, list_clips, scenes_of_encoded
 from data_pipeline.records import read_index, write_atomically
-from mila_jax.decode import open_decoder
+from mila_jax.decode import WITHOUT_EFFECT, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import i3d, protocol
 from mila_jax.evaluate.networks import Network, open_network
@@ -192,7 +192,7 @@ class PresetBench:
     def cell(self, clip: Clip, shown: pathlib.Path | None = None) -> Cell:
         """Features and measures of one clip; names: see `_describe`."""
         g = self.config.generate
-        how = {k: v for k, v in g.to_dict().items() if k != "weights" and not k.startswith("decode_")}
+        how = {k: v for k, v in g.to_dict().items() if k != "weights" and k not in WITHOUT_EFFECT}
         label = [
             self.model.sha256, dataclasses.asdict(self.preset), dataclasses.asdict(clip), how, json.loads(self.config.window.to_json()), self.config.seed,
             [(n.score, n.sha256, n.preprocessing, [dataclasses.asdict(span) for span in spans]) for n, spans in zip(self.networks, self.spans)],

@@ -1,7 +1,7 @@
 """Run in a child process with eight host devices: the train step of a small model under one mesh and mode after the other.
 
 `python -m tests.parallel_probe CASES.json OUT.npz`; cases: name → {"mesh": sizes, "mode": attention.parallel, "gather": mesh.gather (default
-layer), "accumulate": parts of a batch (default 1)}. The optimizer only records, so that the very step that is trained with returns every
+layer), "rules": mesh.rules (default none), "accumulate": parts of a batch (default 1)}. The optimizer only records, so that the very step that is trained with returns every
 gradient. Collectives are counted in its compiled program.
 """
 
@@ -69,7 +69,7 @@ def count_collectives(text: str) -> dict:
 def run(case, config=CONFIG) -> dict:
     """Loss, velocity, gradients by parameter name, and collectives of one case."""
     count = int(np.prod(list(case["mesh"].values())))
-    mesh, rules = make_mesh(case["mesh"], jax.devices()[:count]), rules_of(case["mode"], gather=case.get("gather", "layer"))
+    mesh, rules = make_mesh(case["mesh"], jax.devices()[:count]), rules_of(case["mode"], case.get("rules", {}), case.get("gather", "layer"))
     graphdef, _ = abstract_model(config)
     with use_rules(**rules):
         check_divides(mesh, SIZES["b"], config.heads, config.width, SIZES["t"], SIZES["h"] * SIZES["w"] // 4)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mila_jax import ablate
+from mila_jax.errors import UserError
 from mila_jax.evaluate.frechet import Reference, frechet_distance
 
 
@@ -29,6 +30,13 @@ def test_scores_are_over_the_chosen_clips_and_lower_is_better():
     # Longer clips count with as many instants.
     longer = [{"features": np.repeat(x["features"], 4, 0)} for x in far]
     assert ablate.scores("front", longer, real, [[1, 1, 1]])[0] == pytest.approx(ablate.scores("front", far, real, [[1, 1, 1]])[0])
+
+
+@pytest.mark.parametrize("long", [float("nan"), float("inf"), 0.5])
+def test_lengths_that_make_no_sense(small_config, tmp_path, long):
+    with pytest.raises(UserError, match="--long"):
+        ablate.ablate_command(small_config, tmp_path / "out", long_seconds=long)
+    assert not (tmp_path / "out").exists()
 
 
 def test_cells_are_made_once(tmp_path):

@@ -83,6 +83,19 @@ def test_the_one_before_a_newest_that_cannot_be_read(saved, abstract, capsys):
     assert "5 cannot be read" in capsys.readouterr().out
 
 
+def test_what_cannot_be_read_does_not_stand_in_the_way(saved, state, abstract):
+    """Saves of steps up to its own go on, and the settings are those of the one before."""
+    shutil.rmtree(saved.folder / "5" / "opt_state")
+    shutil.rmtree(saved.folder / "5" / "config")
+    assert saved.config() == {"seed": 7}
+    step = int(saved.restore(abstract).step)
+    saved.set_aside_after(step)
+    assert saved.latest() == saved.finished() == 4 and (saved.folder / "unreadable-5" / "params").exists()
+    saved.save(state, 5, {"seed": 7})
+    saved.wait()
+    assert saved.latest() == 5 and int(saved.restore(abstract).step) == 5
+
+
 def test_no_checkpoint_of_this_model(saved, mesh, tmp_path):
     import dataclasses
 

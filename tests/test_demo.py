@@ -27,6 +27,9 @@ def test_demo_ends_in_a_report_and_reuses_what_is_finished(small_config, tmp_pat
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").rglob("*") if p.suffix in (".mp4", ".jpg", ".array_record")}
     demo(config, tmp_path / "demo", train_first=True, seconds=2.5, progress=False)
     assert times and all(p.stat().st_mtime_ns == t for p, t in times.items())
+    (tmp_path / "demo" / "video" / "recorded.mp4").unlink()  # as if it had been killed while that was written: the generated video stays
+    demo(config, tmp_path / "demo", train_first=True, seconds=2.5, progress=False)
+    assert all(p.stat().st_mtime_ns == t for p, t in times.items() if p.name != "recorded.mp4") and (tmp_path / "demo" / "video" / "recorded.mp4").exists()
     demo(config, tmp_path / "demo", train_first=True, fresh=True, seconds=2.5, progress=False)
     assert all(p.stat().st_mtime_ns != t for p, t in times.items() if p.exists())
 

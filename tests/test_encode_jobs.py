@@ -107,6 +107,15 @@ def test_killed_at_any_moment_loses_at_most_one_shard(root, whole, tmp_path):
     assert {k: v for k, v in stub.tree_bytes(tmp_path).items() if not k.endswith(".tmp")} == whole
 
 
+def test_two_processes_write_one_file(tmp_path):
+    """As parts do that end together: each time one of them has written all of it, and neither fails."""
+    code = "import sys; from data_pipeline.storage import Folder; [Folder(sys.argv[1]).write('index.json', b'x' * 2**20) for _ in range(300)]"
+    writers = [subprocess.Popen(command(code, tmp_path), env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = [writer.communicate(timeout=120)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], ends
+    assert [p.name for p in tmp_path.iterdir()] == ["index.json"] and (tmp_path / "index.json").stat().st_size == 2**20
+
+
 @pytest.fixture
 def bucket():
     """fsspec's bucket in memory; empty before and after."""

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mila_jax.evaluate import drift
+from mila_jax.evaluate import drift, resample
 from mila_jax.evaluate.frechet import NAME
 from mila_jax.evaluate.report import Report
 
@@ -52,6 +52,29 @@ def test_paired_differences_leave_out_what_videos_share():
     assert a["second_half"]["contrast"][0] == pytest.approx(np.mean(a["contrast"]["mean"][2:]))
 
 
+def test_intervals_of_a_distance_hold_its_value():
+    """Draws repeat videos, so that their distances are all too large."""
+    rng = np.random.default_rng(0)
+    fake, real = rng.standard_normal((2, 8, 6, 30)) + rng.standard_normal((2, 8, 1, 30))
+    against = resample.AgainstPaired(fake, real)
+    value, drawn = against.distance(np.ones(8, int)), [against.distance(draw) for draw in resample.draws(8, 100)]
+    assert np.percentile(drawn, 2.5) > value
+    low, high = resample.interval(drawn, value)
+    assert low < value < high and high - low == pytest.approx(np.subtract(*np.percentile(drawn, [97.5, 2.5])))
+    means = resample.draws(8, 400) @ np.arange(8) / 8
+    low, high = resample.interval(means, 3.5)
+    assert low == pytest.approx(np.percentile(means, 2.5), abs=0.1) and high == pytest.approx(np.percentile(means, 97.5), abs=0.1)
+
+
+def test_recorded_seconds_are_of_as_many_pictures_as_generated_ones():
+    """Videos of the law that the recorded ones have show no drift, however few pictures a second has."""
+    rng = np.random.default_rng(0)
+    videos = [{"contrast": np.zeros(3), "features": rng.standard_normal((3, 4, 20))} for _ in range(24)]
+    found = drift.curves(videos[:4], videos[4:], resamples=2)
+    assert np.mean(found[NAME]["mean"]) == pytest.approx(found["recorded"][NAME], rel=0.15)
+    assert drift.curves(videos[:1], videos[4:])["recorded"][NAME] > 1.5 * found["recorded"][NAME]
+
+
 def test_flicker_counts_the_step_between_seconds():
     still = np.zeros((12, 6, 4, 4, 3), np.uint8)
     found = drift.measure([*still, *(still + 120)])
@@ -79,7 +102,9 @@ def test_motion_is_compared_in_the_frame_of_each_moment():
 
 def test_anchor_residual_and_report(tmp_path):
     anchors = np.zeros((6, 3, 2, 2, 4), np.float16)
-    residual = drift.anchor_residual(anchors, anchors + np.arange(3)[None, :, None, None, None], 6)
+    frames = drift.anchor_frames({"anchor_stride": 6}, 3)
+    assert frames == [6, 12, 18] and drift.anchor_frames({"anchor_frames": [15, 21], "anchor_stride": 6}, 2) == [15, 21]
+    residual = drift.anchor_residual(anchors, anchors + np.arange(3)[None, :, None, None, None], frames)
     assert residual == [(0.5, 0.0), (1.0, 1.0), (1.5, 2.0)]
     found = drift.curves([drift.measure(_video(3, seed=s)) for s in (0, 1)], [drift.measure(_video(2))], resamples=10)
     report = Report("drift")

@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from data_pipeline.records import read_index
+from mila_jax import drift_command as drift_command_module
 from mila_jax.drift_command import drift_command
+from mila_jax.errors import UserError
 from mila_jax.evaluate import drift, egomotion
-from mila_jax.evaluate.consistency import bowl_points
+from mila_jax.evaluate.consistency import bowl_points, overlaps
 from mila_jax.geometry import rotation_matrix, yaw_quaternion
 
 HEIGHT, WIDTH = 32, 48
@@ -89,3 +92,31 @@ def test_drift_tells_how_videos_follow_their_waypoints(small_config, tmp_path):
     assert row["video"] == "video" and row["ade_m"] == pytest.approx(0, abs=1e-9) and row["path_m"] == pytest.approx(5.5)
     assert found["following"]["recorded"] and found["curves"]["corrected"]["speed_error"]["mean"] == pytest.approx([0], abs=1e-9)
     assert "ade_m" in page.read_text()
+
+
+def test_drift_measures_each_video_with_its_own_cameras(small_config, tmp_path, monkeypatch):
+    """Two videos of one name in two folders, of cars with other cameras than the recorded one's."""
+    r, seen = np.random.default_rng(0), []
+    def strips(intrinsics, translation, rotation, *size):
+        seen.append(np.asarray(translation))
+        return overlaps(intrinsics, translation, rotation, *size)
+
+    monkeypatch.setattr(drift_command_module, "overlaps", strips)
+    folders, rigs = [tmp_path / part / "video" for part in "ab"], [_rig() + np.float32([shift, 0, 0, 0, 0, 0, 0]) for shift in (1, 2)]
+    for folder, rig in zip(folders, rigs):
+        folder.mkdir(parents=True)
+        arrays = {"latents": r.normal(size=(6, 13, 4, 6, 4)).astype(np.float16), "anchors": np.zeros((6, 2, 4, 6, 4), np.float16)}
+        np.savez(folder / "latents.npz", intrinsics=INTRINSICS, extrinsics=rig, corrected=arrays["anchors"] + 1, **arrays)
+        (folder / "generate.json").write_text(json.dumps({"frames": 13, "strategy": "corrected", "anchor_stride": 6, "anchor_frames": [9, 15]}))
+    drift_command(small_config, folders, tmp_path / "out", extractor=lambda images: images.reshape(len(images), -1)[:, :4].astype(float))
+    assert all(any(np.array_equal(found, rig[:, :3]) for found in seen) for rig in rigs)
+    found = json.loads((tmp_path / "out" / "drift.json").read_text())["anchor_residual"]
+    assert found == {str(folder): [[0.75, 1.0], [1.25, 1.0]] for folder in folders}
+
+
+def test_drift_wants_a_second_of_each_recorded_scene(small_config, tmp_path, monkeypatch):
+    index = read_index(small_config.data.dir)
+    index.scenes[0].timestamps_us = index.scenes[0].timestamps_us[:11]
+    monkeypatch.setattr(drift_command_module, "read_index", lambda folder: index)
+    with pytest.raises(UserError, match="val scene scene-0001 has fewer than 12 instants"):
+        drift_command(small_config, [tmp_path], tmp_path / "out")

@@ -9,6 +9,7 @@ import pytest
 from data_pipeline.nuscenes.reader import instants, load_image, open_nuscenes
 from data_pipeline.clips import read_scene
 from data_pipeline.nuscenes.annotations import read_box_tracks
+from data_pipeline.simulator import tables
 from mila_jax import drift_command as drift_command_module
 from mila_jax import export, geometry
 from mila_jax.drift_command import drift_command
@@ -215,6 +216,25 @@ def test_act_bench_gets_numbered_front_videos(small_config, tmp_path):
     frames, rate = read_video(out / "left_0123.mp4")
     assert len(frames) == 44 and rate == 10.0
     assert export._act_frames()[:6].tolist() == [0, 1, 2, 4, 5, 6]
+
+
+def test_two_videos_of_one_name_do_not_become_one_file(small_config, tmp_path):
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+    folders = [_video(tmp_path / part / "left_0123", small_config)[0] for part in ("a", "b")]
+    with pytest.raises(UserError, match="two videos are named left_0123"):
+        export.export_command(small_config, folders, tmp_path / "out", format_="act-bench")
+
+
+def test_an_export_that_was_cut_short_is_made_again(small_config, tmp_path):
+    folder, _ = _video(tmp_path / "a", small_config, frames=12)
+    out = export.export_command(small_config, [folder], tmp_path / "out", format_="nuscenes")
+    with pytest.raises(UserError, match="holds an exported data set already"):
+        export.export_command(small_config, [folder], out, format_="nuscenes")
+    (out / export.VERSION / "splits.json").unlink()  # the last file
+    (out / export.VERSION / "sample_data.json").write_text("[")
+    export.export_command(small_config, [folder], out, format_="nuscenes")
+    assert tables.read_json(out / export.VERSION / "sample_data.json")
 
 
 def test_refusals_come_before_any_work(small_config, tmp_path):

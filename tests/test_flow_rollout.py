@@ -257,6 +257,28 @@ def test_sparse_anchors():
     assert plan_rollout(10, window=8, conditioning=2, anchor_stride=18).coarse is None  # ends before the first anchor
 
 
+def test_coarse_frames_closer_than_windows_end():
+    """Long windows end in every so-many-th coarse frame; those between are given to nothing but the coarse stage."""
+    plan = plan_rollout(40, window=14, conditioning=2, anchor_stride=6)
+    assert plan.coarse.indices.tolist() == [[-1, 0, *range(6, 73, 6)]] and plan.coarse.fps == 2
+    assert plan.refine.anchored.all() and plan.anchor_frames.tolist() == [12, 24, 36, 48] and plan.refine.slots.tolist() == [1, 3, 5, 7]
+    video = _run(knowing, plan)
+    np.testing.assert_allclose(video.anchors, _truth([12, 24, 36, 48]) + WRONG, atol=1e-3)
+    np.testing.assert_allclose(video.corrected, _truth([12, 24, 36, 48]), atol=1e-3)
+    np.testing.assert_allclose(video.latents, _truth(np.arange(1, 41)), atol=1e-3)
+    own = _run(_restless, plan)
+    assert jnp.array_equal(own.latents, _run(_restless, plan, anchors=np.asarray(own.anchors)).latents)  # given anchors have none between
+    late = plan_rollout(40, window=14, conditioning=2, anchor_stride=6, given=1)
+    assert late.coarse.indices[0, :4].tolist() == [12, 13, 19, 25] and late.anchor_frames.tolist() == [25, 37, 49]
+    many = plan_rollout(720, window=28, conditioning=4, anchor_stride=6)  # a minute of the published size: 120 coarse frames, 30 anchors
+    assert (many.anchors, many.coarse.count, many.refine.count) == (30, 5, 30)
+
+
+def test_windows_longer_than_there_are_slots():
+    plan = plan_rollout(140, window=140, conditioning=2, strategy="recurrent")
+    np.testing.assert_allclose(_run(knowing, plan).latents, _truth(np.arange(1, 141)), atol=1e-3)
+
+
 def test_plan_of_the_embedded_model():
     plan = plan_rollout(40, window=8, conditioning=2, anchor_stride=6)
     assert plan.coarse.indices.tolist() == [[-1, 0, 6, 12, 18, 24, 30, 36], [30, 36, 42, 48, 54, 60, 66, 72]]
@@ -278,7 +300,9 @@ def test_plan_of_the_embedded_model():
 
 @pytest.mark.parametrize("bad, word", [
     ({"strategy": "magic"}, "coarse_to_refine"),
-    ({"anchor_stride": 9}, "set anchor_stride = 6"),
+    ({"anchor_stride": 9}, "set generate.anchor_stride=6"),
+    ({"anchor_stride": 4}, "multiple or a divisor"),
+    ({"anchor_stride": 0}, "anchor_stride"),
     ({"conditioning": 8}, "window"),
     ({"conditioning": 0}, "conditioning"),
     ({"frames": 0}, "frames"),

@@ -63,6 +63,27 @@ def test_steps_made_again_after_a_kill_are_lost(tmp_path, clock):
     assert Goodput(tmp_path, clock.now).earlier == second.earlier + [second.record(125)]
 
 
+def test_steps_skipped_by_earlier_starts_cost_this_one_nothing(tmp_path, clock):
+    goodput = Goodput(tmp_path, clock.now)
+    goodput.begin(100, skipped=50)
+    clock.now += 100
+    assert goodput.write(120, skipped=50)["skipped"] == 0
+    assert goodput.write(120, skipped=55)["skipped"] == pytest.approx(25)
+
+
+def test_a_full_disk_costs_lines_not_the_run(tmp_path, clock, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(goodput_module, "write_atomically", full)
+    goodput = Goodput(tmp_path, clock.now)
+    goodput.begin(0)
+    clock.now += 10
+    assert goodput.write(10)["goodput"] == goodput.write(20)["goodput"] == 1
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1 and "No space left on device" in told and "goodput.jsonl" in told
+
+
 def test_a_run_killed_twice_before_its_first_save_counts_once():
     start = dict(wall=10.0, first=0, last=10, steps=10.0)
     assert summary([start, start, start])["goodput"] == pytest.approx(1 / 3)

@@ -41,9 +41,8 @@ def test_muon_is_that_of_optax():
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params["ours"], tree(0))
     assert min(jax.tree.leaves(moved)) > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), params["ours"], params["theirs"])
-    ours, theirs = (state[k].inner_states["muon"].inner_state[0] for k in ("ours", "theirs"))
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), ours, theirs)
+    assert jax.tree.structure(state["ours"]) == jax.tree.structure(state["theirs"])  # checkpoints of one go on with the other
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), state["ours"], state["theirs"])
 
 
 def test_stack_and_back():

@@ -19,6 +19,7 @@ CASES = {
     "context": dict(mesh=SPLIT, mode="context"), "once": dict(mesh=SPLIT, mode="context", gather="step"),
     "heads": dict(mesh=SPLIT, mode="heads"), "kv_gather": dict(mesh=SPLIT, mode="kv_gather"),
     "accumulated": dict(mesh=ONE | dict(data=2), mode="none", accumulate=2),
+    "accumulated_zero": dict(mesh=ONE | dict(data=2), mode="none", rules={"embed": ["data", "fsdp"]}, accumulate=2),  # parameters over data, too
     "accumulated_split": dict(mesh=ONE | dict(data=2, context=2, tensor=2), mode="context", accumulate=2),
 }  # fmt: skip
 MODES = ("none", "context", "heads", "kv_gather")
@@ -56,7 +57,7 @@ def results(tmp_path_factory):
         return {k: z[k] for k in z.files} | {"told": json.loads(str(z["told"]))}
 
 
-@pytest.mark.parametrize("mode", (*CHECKED, "accumulated", "accumulated_split"))
+@pytest.mark.parametrize("mode", (*CHECKED, "accumulated", "accumulated_zero", "accumulated_split"))
 def test_mode_equals_one_device(results, mode):
     """Velocity, loss and the gradient of every parameter, each against the largest value of its array."""
     told = results["told"]

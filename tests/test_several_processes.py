@@ -74,6 +74,16 @@ def test_two_processes_show_losses_and_a_picture(two):
     assert [p.name for p in (pathlib.Path(config.train.dir) / "pictures").iterdir()] == ["eval_clip_0000003.png"]
 
 
+@pytest.mark.slow
+def test_an_autoencoder_that_is_not_there_costs_pictures_on_all(make_sharded):
+    config, file = make_sharded("blind", eval_every=3, eval_steps=2)
+    config.autoencoder.path = str(file.parent / "none.safetensors")
+    file.write_text(config.to_json())
+    ends = [finish(p) for p in start_two(file)]
+    assert [code for code, _ in ends] == [0, 0], ends[0][1][-1500:] + ends[1][1][-1500:]
+    assert all("no pictures: " in err for _, err in ends) and "none.safetensors" in ends[0][1]
+
+
 def test_a_notice_to_one_saves_on_both_and_two_or_one_go_on(two, make_sharded):
     """SIGTERM to one process: both save at one step. Two processes then end where the undisturbed run did, bit for bit; one process on
     another mesh has the same losses."""

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from data_pipeline.clips import ClipSpec
+from data_pipeline.clips import HALF_FRAME, ClipSpec, longest
 from mila_jax.config import load_config
 from mila_jax.errors import UserError
+from mila_jax.flow.plan import plan_rollout
 from mila_jax.model import stdit3_weights
 from mila_jax.model.dit import DiTConfig
 from mila_jax.model.weights import model_config
@@ -36,6 +37,18 @@ def test_stages_set_what_the_paper_says():
     assert {s.conditioning for s in clip_specs(two)[0]} == {1, 4}
     assert (two.train.anchor_noisy, three.train.anchor_noisy) == (0.0, 0.75) and one.train.anchor_rate == 0
     assert load_config("configs/xl.py").train.trainable == ("*",)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "base", "xl", "xl128", "v6e"])
+@pytest.mark.parametrize("number", ["", ":stage1", ":stage2", ":stage3"])
+def test_what_a_preset_trains_on_can_be_had_and_used(preset, number):
+    """Windows of every rate lie within a scene of nuScenes, and a minute is generated with the defaults, from coarse frames of a trained rate."""
+    c = load_config(f"configs/{preset}.py{number}")
+    specs, shares = clip_specs(c)
+    times = [np.arange(round(19.3 * 12)) / 12]
+    assert all(longest(times, spec, HALF_FRAME) >= spec.frames for spec in specs) and sum(shares) == pytest.approx(1)
+    plan = plan_rollout(720, window=c.window.frames, conditioning=c.window.conditioning, anchor_stride=c.window.anchor_stride)
+    assert plan.coarse.fps in c.train.fps and plan.anchors > 0
 
 
 def test_stages_train_what_the_paper_says():

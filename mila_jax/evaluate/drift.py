@@ -101,9 +101,10 @@ def curves(videos: list[dict], recorded: list[dict], *, resamples: int = 200, se
         mean, covariance = frechet.statistics(pictures)
         against = (resample.AgainstFixed(np.stack([v["features"][s] for v in videos]), mean, covariance) for s in range(seconds))
         keep(frechet.NAME, np.stack([[one.distance(draw) for draw in counts] for one in against], 1))
-        # Recorded seconds taken one video's share of pictures at a time: what no drift would show.
-        reference = frechet.Reference(pictures)
-        parts = [reference.distance(f) for v in recorded for f in v["features"]]
+        # What no drift would show: the same second of as many recorded videos, where there are as many, so that the pictures are as many, too.
+        reference, together = frechet.Reference(pictures), min(len(videos), len(recorded))
+        turns = [[recorded[(first + i) % len(recorded)]["features"] for i in range(together)] for first in range(len(recorded))]
+        parts = [reference.distance(np.concatenate(second)) for features in turns for second in zip(*features)]
         out["recorded"][frechet.NAME] = float(np.mean(parts))
     return out
 
@@ -113,8 +114,8 @@ def difference(a: dict, b: dict) -> dict:
     found = {}
     for name in a["second_half"].keys() & b["second_half"].keys():
         mean, *drawn = np.array(b["second_half"][name]) - a["second_half"][name]
-        low, high = resample.interval(drawn)
-        found[name] = {"mean": float(mean), "low": low, "high": high}
+        low, high = resample.interval(drawn, mean)
+        found[name] = {"mean": float(mean), "low": float(low), "high": float(high)}
     return found
 
 
@@ -122,18 +123,23 @@ def _interval(values) -> dict:
     """The first draw of values [draws, seconds], which is of all videos, and the interval of the others if there are any."""
     found = {"mean": [float(x) for x in values[0]]}
     if len(values) > 1:
-        low, high = np.percentile(values[1:], [2.5, 97.5], axis=0)
+        low, high = resample.interval(values[1:], values[0])
         found |= {"low": [float(x) for x in low], "high": [float(x) for x in high]}
     return found
 
 
-def anchor_residual(anchors, corrected, stride: int) -> list[tuple[float, float]]:
+def anchor_frames(about: dict, count: int) -> list[int]:
+    """Frame numbers of the `count` anchors of a video, from its generate.json; an older one tells only how far they are apart."""
+    return about.get("anchor_frames") or [(number + 1) * about["anchor_stride"] for number in range(count)]
+
+
+def anchor_residual(anchors, corrected, numbers) -> list[tuple[float, float]]:
     """(seconds, mean |x̂ − corrected|) of each anchor, in units of the normalised latents.
 
-    anchors, corrected [v, A, h, w, c] as of `flow.rollout.Rollout`; stride: frames from one anchor to the next.
+    anchors, corrected [v, A, h, w, c] as of `flow.rollout.Rollout`; numbers: their frames', 0 being the last given one.
     """
     difference = np.abs(np.asarray(anchors, np.float32) - np.asarray(corrected, np.float32)).mean((0, 2, 3, 4))
-    return [(float((number + 1) * stride / RATE), float(value)) for number, value in enumerate(difference)]
+    return [(float(number / RATE), float(value)) for number, value in zip(numbers, difference, strict=True)]
 
 
 TITLES = {

@@ -6,9 +6,10 @@ Frames are numbered at the video's rate, 0 = the last given frame; numbers ≤ 0
   what it generates is the start of the video.
 - coarse (strategies with anchors): windows [N conditioning frames, S = T − N anchors, M frames apart]. Later coarse windows
   condition on the last N frames of the one before, which are anchors: their times, M frames apart, are in the plan.
-- refine: windows [last N frames of the video, T − N new frames]. M is a multiple of T − N, so the last new frame of every
+- refine: windows [last N frames of the video, T − N new frames]. Where M is a multiple of T − N, the last new frame of every
   M/(T − N)-th window is an anchor: noisy and corrected (coarse_to_refine) or kept as it is (divide_and_conquer). The other windows
-  (all of them without anchors, recurrent) are plain continuation.
+  (all of them without anchors, recurrent) are plain continuation. Where T − N is a multiple of M, every window ends in an anchor, each
+  (T − N)/M-th coarse frame; those between only carry the coarse stage on, at a rate that long windows are trained at.
 
 Coarse-to-(re)fine thus is the recurrent strategy plus an anchor at the end of each window; a corrected anchor is part of the
 video and the last conditioning frame of the next window.
@@ -31,7 +32,8 @@ class Windows:
     `indices [W, T]`: frame numbers; `clean [T]` bool: frames not denoised (kept anchors included) in windows with an anchor, or in all
     if there are none; `conditioning`: clean first frames; `anchor`: position of the noisy tail anchor or None; `kept_anchor`: position
     of a tail anchor that stays as it is, or None; `fps`: rate of the generated frames (what the network's fps input is told);
-    `video_fps`: rate that `indices` count in; `every`: each so-many-th window has the anchor. `chunks`: frames are a temporal autoencoder's
+    `video_fps`: rate that `indices` count in; `every`: each so-many-th window has the anchor; `stride`: each so-many-th coarse frame
+    is one. `chunks`: frames are a temporal autoencoder's
     latents, of which `before` lie between the first of a chunk and frame 0.
     """
 
@@ -43,6 +45,7 @@ class Windows:
     fps: float
     video_fps: float
     every: int = 1
+    stride: int = 1
     chunks: Chunks | None = None
     before: int = 0
 
@@ -56,6 +59,11 @@ class Windows:
         """`[W]` bool: windows that end in an anchor."""
         has = self.anchor is not None or self.kept_anchor is not None
         return has & ((np.arange(self.count) + 1) % self.every == 0)
+
+    @property
+    def slots(self) -> np.ndarray:
+        """`[W]`: which coarse frame each window ends in, 0 for windows without an anchor."""
+        return np.where(self.anchored, np.cumsum(self.anchored) * self.stride - 1, 0)
 
     @property
     def plain(self) -> "Windows":
@@ -128,6 +136,11 @@ class RolloutPlan:
         return 0 if self.refine is None else int(self.refine.anchored.sum())
 
     @property
+    def anchor_frames(self) -> np.ndarray:
+        """`[A]` numbers of the frames that anchors are (the last may lie beyond F)."""
+        return np.zeros(0, int) if self.refine is None else self.refine.indices[self.refine.anchored, -1]
+
+    @property
     def windows(self) -> int:
         """Number of windows of all stages."""
         return sum(stage.count for stage in self.stages.values())
@@ -137,8 +150,8 @@ def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: i
                  strategy: str = "coarse_to_refine", given: int | None = None, chunks: Chunks | None = None) -> RolloutPlan:
     """Plans a video of `frames` generated frames at `fps` per view.
 
-    `window` T frames; `conditioning` N clean ones at its head; `anchor_stride` M frames between anchors, a multiple of T − N (the
-    default); `given` number of first frames there are (default N; more than N is fine, the last N are used). `frames` need not be a multiple
+    `window` T frames; `conditioning` N clean ones at its head; `anchor_stride` M frames between coarse frames, a multiple of T − N (the
+    default) or a divisor of it; `given` number of first frames there are (default N; more than N is fine, the last N are used). `frames` need not be a multiple
     of anything. `chunks`: frames are latents of a temporal autoencoder, 12 Hz video in chunks; the first given one begins a chunk. Raises UserError, naming the key, for sizes that do not fit.
     """
     anchor_stride = window - conditioning if anchor_stride is None else anchor_stride
@@ -158,15 +171,15 @@ def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: i
     if count == 0:
         return RolloutPlan(strategy, frames, fps, window, conditioning, anchor_stride, given, bootstrap, None, None)
     refine = _consecutive(start + step * np.arange(count), window, conditioning, fps)
-    coarse, every = None, anchor_stride // step
+    coarse, every, stride = None, max(anchor_stride // step, 1), max(step // anchor_stride, 1)
     if strategy != "recurrent" and count >= every:
         tail = window - 1
-        refine = dataclasses.replace(refine, every=every)
+        refine = dataclasses.replace(refine, every=every, stride=stride)
         if strategy == "coarse_to_refine":
             refine = dataclasses.replace(refine, anchor=tail)
         else:
             refine = dataclasses.replace(refine, kept_anchor=tail, clean=refine.clean | (np.arange(window) == tail))
-        coarse = _coarse(start, count // every, window, conditioning, anchor_stride, fps)
+        coarse = _coarse(start, count // every * stride, window, conditioning, anchor_stride, fps)
     return RolloutPlan(strategy, frames, fps, window, conditioning, anchor_stride, given, bootstrap, coarse, refine)
 
 
@@ -176,10 +189,10 @@ def _consecutive(references, window: int, conditioning: int, fps: float) -> Wind
     return Windows(np.asarray(references)[:, None] + offsets, np.arange(window) < conditioning, conditioning, None, None, fps, fps)
 
 
-def _coarse(start: int, anchors: int, window: int, conditioning: int, stride: int, fps: float) -> Windows:
-    """Coarse windows that give at least `anchors` anchors after frame `start`, `stride` frames apart."""
+def _coarse(start: int, frames: int, window: int, conditioning: int, stride: int, fps: float) -> Windows:
+    """Coarse windows that give at least so many `frames` after frame `start`, `stride` frames of the video apart."""
     step = window - conditioning
-    count = -(-anchors // step)
+    count = -(-frames // step)
     row = [*range(start - conditioning + 1, start + 1), *(start + stride * (1 + np.arange(count * step)))]
     indices = np.stack([row[number * step:number * step + window] for number in range(count)])
     return Windows(indices, np.arange(window) < conditioning, conditioning, None, None, fps / stride, fps)
@@ -203,6 +216,11 @@ def _check_chunks(chunks: Chunks, window: int, conditioning: int, given: int) ->
         )
 
 
+def fits(anchor_stride: int, new: int) -> bool:
+    """Whether windows of so many new frames can end in coarse frames so many frames apart: one is a multiple of the other."""
+    return anchor_stride > 0 and new > 0 and (anchor_stride % new == 0 or new % anchor_stride == 0)
+
+
 def _check(frames, fps, window, conditioning, anchor_stride, strategy, given) -> None:
     """Raises UserError for the first thing in a plan's sizes that cannot work."""
     if strategy not in STRATEGIES:
@@ -219,10 +237,11 @@ def _check(frames, fps, window, conditioning, anchor_stride, strategy, given) ->
         raise UserError("at least one first frame per view must be given")
     if strategy == "recurrent":
         return
-    if anchor_stride < 1 or anchor_stride % (window - conditioning):
+    new = window - conditioning
+    if not fits(anchor_stride, new):
         raise UserError(
-            f"anchor_stride ({anchor_stride}) must be a multiple of the new frames of a window, window ({window}) - conditioning ({conditioning}), "
-            f"for strategy {strategy}: set anchor_stride = {window - conditioning}, or use strategy = recurrent"
+            f"anchor_stride ({anchor_stride}) must be a multiple or a divisor of the new frames of a window, window ({window}) - conditioning "
+            f"({conditioning}), for strategy {strategy}: set generate.anchor_stride={new}, or generate.strategy=recurrent"
         )
-    if strategy == "divide_and_conquer" and window - conditioning < 2:
+    if strategy == "divide_and_conquer" and new < 2:
         raise UserError("divide_and_conquer keeps every anchor, so a window needs at least 2 new frames: with anchor_stride = 1 nothing is left to generate")

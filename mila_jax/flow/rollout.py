@@ -27,7 +27,7 @@ from mila_jax.flow.schedules import STRONGEST, check_anchor, window_schedule
 
 STAGES = {"bootstrap": 0, "coarse": 1, "refine": 2}
 KINDS = ("bootstrap", "coarse", "refine", "anchored")  # rows of `Tables`; anchored: a refining window that ends in an anchor
-ANCHOR_SLOTS = 128  # fewest anchors that the state has room for, so that videos of most lengths share a program
+ANCHOR_SLOTS = 128  # fewest coarse frames that the state has room for, so that videos of most lengths share a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +172,8 @@ def make_rows(plan: RolloutPlan, conditions: dict, *, skip_coarse: bool = False)
         if stage == "coarse" and skip_coarse:
             continue
         number, new = np.arange(windows.count), plan.window - plan.conditioning
-        anchored = windows.anchored
-        slot = np.where(anchored, np.cumsum(anchored) - 1, 0)
-        kind = {"bootstrap": np.full(windows.count, 0), "coarse": np.full(windows.count, 1), "refine": 2 + anchored}[stage]
+        slot = (dataclasses.replace(windows, stride=1) if skip_coarse else windows).slots  # of given anchors, none lies between
+        kind = {"bootstrap": np.full(windows.count, 0), "coarse": np.full(windows.count, 1), "refine": 2 + windows.anchored}[stage]
         rows.append(Rows(
             kind=kind.astype(np.int32), part=window_part(stage, number), rewind=(number == 0) & (stage != "bootstrap"),
             mark=np.full(windows.count, stage == "bootstrap"), anchor=slot.astype(np.int32),
@@ -201,7 +200,7 @@ def start_state(first_frames, plan: RolloutPlan, anchors=None) -> State:
     context = xp.pad(context, [(0, 0), (0, 0), (0, short)] + [(0, 0)] * 3)
     new = plan.window - plan.conditioning
     needed = 0 if plan.coarse is None else plan.coarse.count * new
-    slots = max(ANCHOR_SLOTS, 1 << (needed - 1).bit_length())
+    slots = max(ANCHOR_SLOTS, 1 << (max(needed, new) - 1).bit_length())  # every window's new frames are read there, stored or not
     room = np.zeros((slots,) + context.shape[:2] + context.shape[3:], context.dtype)
     if anchors is not None:
         if anchors.shape[2] != plan.anchors:
@@ -289,7 +288,7 @@ def collect(plan: RolloutPlan, windows, anchors=None) -> Rollout:
         if stage == "bootstrap":
             parts.append(flat(here[:, :, :, plan.given:]))
         elif stage == "coarse":
-            anchors = flat(here[:, :, :, plan.conditioning:])[:, :, :plan.anchors]
+            anchors = flat(here[:, :, :, plan.conditioning:])[:, :, plan.refine.slots[plan.refine.anchored]]
         else:
             parts.append(flat(here[:, :, :, plan.conditioning:]))
     corrected = None

@@ -141,6 +141,13 @@ def share(content: bytes | None) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes()
 
 
+def from_first(what: str, function) -> bytes:
+    """The bytes that `function` returns on process 0, where alone it runs, on all of them. Its `UserError` or `OSError` ends all of them."""
+    made = []
+    on_first(what, lambda: made.append(function()))
+    return share(made[0] if made else None)
+
+
 def barrier(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:

@@ -59,9 +59,11 @@ class Checkpoints:
         return _Manager(self.folder, item_names=(*ITEMS, "meta", "data", "config"), options=options)
 
     def config(self) -> dict | None:
-        """The config beside the newest checkpoint, None if there is none."""
-        step = self.latest()
-        return None if step is None else self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        """The config beside the newest checkpoint that has a readable one, None if there is none."""
+        for step in self.steps()[::-1]:
+            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+                return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        return None
 
     def latest(self) -> int | None:
         """Step of the newest finished checkpoint."""
@@ -77,6 +79,23 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of all finished checkpoints, ascending."""
         return sorted(self._manager.all_steps())
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames checkpoints of later steps, which could not be read, to `unreadable-STEP`: they would stand in the way of those to come
+        (of a step up to the newest one's, orbax saves nothing)."""
+        later = [number for number in self.steps() if number > step]
+        if not later:
+            return
+
+        def rename():
+            for number in later:
+                aside = self.folder / f"unreadable-{number}"
+                if aside.exists():
+                    aside.rmtree()
+                (self.folder / str(number)).rename(aside)
+
+        distributed.on_first("set aside checkpoints that cannot be read", rename)
+        self._manager.reload()
 
     def save(self, state: TrainState, step: int, config: dict | None = None) -> None:
         """Starts saving; returns when the state has left the devices, before it is on disk. A step that is there already is left alone.

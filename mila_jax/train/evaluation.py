@@ -80,16 +80,19 @@ class Evaluation:
             rows = [[six_view_picture(self._codec.decode(video[:, t])) for t in chosen] for video in (latents, truth)]
         return np.concatenate([np.concatenate(row, 1) for row in rows], 0)
 
+    def _open_codec(self) -> None:
+        config, data = self.trainer.config, self.trainer.data
+        with jax.set_mesh(_own_mesh()):
+            self._codec = open_codec(config)
+            self._video = open_video_codec(config, self._codec)
+        if (self._video and self._video.sha256) != data.get("temporal_sha256"):
+            raise UserError(f"{config.data.dir} was made with another temporal autoencoder; set autoencoder.temporal to it, or train.eval_picture=False")
+        if self._codec.sha256 != data.get("autoencoder_sha256"):
+            raise UserError(f"{config.data.dir} was made with another autoencoder; set autoencoder.path to it, or train.eval_picture=False")
+
     def _prepare_picture(self) -> None:
         trainer = self.trainer
-        if distributed.first():
-            with jax.set_mesh(_own_mesh()):
-                self._codec = open_codec(trainer.config)
-                self._video = open_video_codec(trainer.config, self._codec)
-            if (self._video and self._video.sha256) != trainer.data.get("temporal_sha256"):
-                raise UserError(f"{trainer.config.data.dir} was made with another temporal autoencoder; set autoencoder.temporal to it, or train.eval_picture=False")
-            if self._codec.sha256 != trainer.data.get("autoencoder_sha256"):
-                raise UserError(f"{trainer.config.data.dir} was made with another autoencoder; set autoencoder.path to it, or train.eval_picture=False")
+        distributed.on_first("open the autoencoder", self._open_codec)
         spec = max(trainer.specs, key=lambda s: s.fps)
         self._batch = next(trainer.batches(self.tasks[task_name(spec)], 0))
         self._conditioning = spec.conditioning

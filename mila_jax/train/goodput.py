@@ -7,6 +7,7 @@ again after a kill are lost, and so is the time between the last line of a kille
 import contextlib
 import json
 import pathlib
+import sys
 import time
 
 from data_pipeline.records import write_atomically
@@ -21,8 +22,9 @@ class Goodput:
         """folder: the run's; began: time.time() at which this start came to life."""
         self.path = pathlib.Path(folder) / "goodput.jsonl"
         self.earlier = _read(self.path)
-        self.began, self.first = began, None
+        self.began, self.first, self.skipped = began, None, 0
         self.seconds = dict.fromkeys(KINDS, 0.0)
+        self._told = False
 
     @contextlib.contextmanager
     def clock(self, kind: str):
@@ -33,25 +35,30 @@ class Goodput:
         finally:
             self.seconds[kind] += time.monotonic() - start
 
-    def begin(self, step: int) -> None:
-        """Everything is ready and the next step is step + 1."""
+    def begin(self, step: int, skipped: int = 0) -> None:
+        """Everything is ready and the next step is step + 1. skipped: steps that changed nothing until now, of all earlier starts."""
         known = sum(self.seconds.values())
         self.seconds["start"] += max(0.0, time.time() - self.began - known)
-        self.first = step
+        self.first, self.skipped = step, skipped
 
     def record(self, step: int, skipped: int = 0) -> dict:
-        """This start, up to `step`, of whose steps `skipped` changed nothing. `steps` are the seconds in which steps were made."""
+        """This start, up to `step`; `skipped`: steps of all starts that changed nothing. `steps` are the seconds in which steps were made."""
         wall = time.time() - self.began
         seconds = dict(self.seconds)
         steps = max(0.0, wall - sum(seconds.values()))
         done = max(step - (self.first or 0), 0)
-        seconds["skipped"] = steps * skipped / done if done else 0.0
+        seconds["skipped"] = steps * max(skipped - self.skipped, 0) / done if done else 0.0
         return {"began": self.began, "wall": wall, "first": self.first, "last": step, "steps": steps - seconds["skipped"]} | seconds
 
     def write(self, step: int, skipped: int = 0) -> dict:
-        """Keeps the line and returns `summary` of all starts."""
+        """Keeps the line and returns `summary` of all starts. A disk that is full costs the line, never the run: it is said once."""
         starts = [*self.earlier, self.record(step, skipped)]
-        write_atomically(self.path, "".join(json.dumps(s) + "\n" for s in starts).encode())
+        try:
+            write_atomically(self.path, "".join(json.dumps(s) + "\n" for s in starts).encode())
+        except OSError as error:
+            if not self._told:
+                print(f"warning: {self.path} cannot be written ({error}); training goes on without", file=sys.stderr, flush=True)
+            self._told = True
         return summary(starts)
 
 

@@ -86,6 +86,7 @@ class _Run:
             with self.goodput.clock("restore"):
                 state = self.checkpoints.restore(laid_out(self.abstract(), trainer.shardings))
                 start = int(jax.device_get(state.step))
+                self.checkpoints.set_aside_after(start)
         else:
             state = trainer.initial_state()
         # From here on the folder belongs to this run.
@@ -106,9 +107,10 @@ class _Run:
         return abstract_state(self.trainer.dit, self.trainer.tx, self.trainer.trainable)
 
     def _writer(self, start: int):
-        if not distributed.first():
-            return no_writer()
-        return MetricWriter(self.trainer.folder, start, wandb_project=self.settings.wandb, config=json.loads(self.identity))
+        made = []
+        settings = dict(wandb_project=self.settings.wandb, config=json.loads(self.identity))
+        distributed.on_first("open the metrics", lambda: made.append(MetricWriter(self.trainer.folder, start, **settings)))
+        return made[0] if made else no_writer()
 
     def _steps(self, state, start: int, last: int, notice: Notice, writer, bar):
         """(state, last step made, why it stopped: "done", "minutes" or "notice")."""
@@ -118,7 +120,7 @@ class _Run:
         log = _Log(self, writer, bar, start)
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes else None
         step, metrics = start, None
-        self.goodput.begin(start)
+        self.goodput.begin(start, int(jax.device_get(state.health.skipped)))
         with _profile(trainer.folder, settings.profile, start) as profile, contextlib.ExitStack() as guard:
             for step in range(start + 1, last + 1):
                 if notice.reached(step - start):
@@ -159,7 +161,7 @@ class _Run:
             return
         try:
             picture = evaluation.picture(state.ema)
-        except UserError as error:  # no reason to end a run
+        except (UserError, OSError) as error:  # no reason to end a run; all processes have it
             self.settings = self.settings.copy_and_resolve_references()
             self.settings.eval_picture = False
             print(f"no pictures: {error}", file=sys.stderr, flush=True)

@@ -25,7 +25,10 @@ def muon(learning_rate, matrices, *, eps: float, weight_decay: float, adam_b2: f
     def labels(params):
         return jax.tree.map(lambda axes: "adam" if axes is None else "muon", matrices(params), is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
 
-    orthogonal = optax.chain(orthogonal_momentum(matrices, eps), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
+    # The state, too, is laid out as that of `optax.contrib.muon`, which scales in a transformation of its own: checkpoints made with it go on.
+    orthogonal = optax.chain(
+        orthogonal_momentum(matrices, eps), optax.identity(), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)
+    )
     return optax.partition({"muon": orthogonal, "adam": optax.adamw(learning_rate, b2=adam_b2, eps=eps, weight_decay=weight_decay, nesterov=True)}, labels)
 
 

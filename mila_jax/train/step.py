@@ -160,7 +160,8 @@ def gradients(selected, params, clip, key, *, graphdef, config, prior, objective
         return total, count, grads
 
     axes = mesh_axes("batch")
-    groups = groups if "data" in axes else 1
+    kept = {a for name in ("layers", "embed", "mlp", "heads", "head_dim") for a in mesh_axes(name)}  # where parameters are split
+    groups = groups if "data" in axes and "data" not in kept else 1
     lead = ("data",) if groups > 1 else ()
 
     def body(sums, both):

@@ -100,7 +100,7 @@ class Trainer:
             return None
         if chunks_of(self.data) is not None:
             raise UserError(f"model.precondition={self.config.model.precondition} is for one latent a frame; set it to none for {self.config.data.dir}")
-        text = distributed.share(self._prior_text() if distributed.first() else None)
+        text = distributed.from_first("measure the prior of the velocity", self._prior_text)
         return Prior(**{name: np.asarray(value, np.float32) for name, value in json.loads(text).items()})
 
     def _prior_text(self) -> bytes:
@@ -176,9 +176,8 @@ class Trainer:
 
     def exported(self) -> int | None:
         """The step of the weights that lie there, None if there are none."""
-        step = load_model(self.model_path).card["steps"] if distributed.first() and self.model_path.exists() else -1
-        step = int.from_bytes(distributed.share(int(step).to_bytes(8, "big", signed=True)), "big", signed=True)
-        return None if step < 0 else step
+        text = distributed.from_first("read the weights of this run", lambda: json.dumps(self.model_path.exists() and load_model(self.model_path).card["steps"]).encode())
+        return json.loads(text) or None
 
 
 def check_config(config) -> None:
