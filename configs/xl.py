@@ -3,8 +3,8 @@
 Command: `mila train --config=configs/xl.py --config.data.dir=DIR --config.train.dir=DIR`. 1.21 B parameters; all 973 tensors of the
 published state dict have a place (`mila_jax/model/stdit3_weights.py`). Laid out for 64 chips of TPU v5p, one sample for two of them.
 FLOPs per step: 567 TF a sample without recomputation, 18.1 PF for the batch of 32. Modelled by `mila plan`: 81 GiB a chip of 96, MFU 0.36
-to 0.55. Nothing is measured. Latents of 4 channels and T5 tokens of width 4096, 300 of them, are what the published weights know; neither
-encoder is part of this package yet.
+to 0.55. Nothing is measured. Latents of 4 channels and T5 tokens of width 4096, 300 of them, are what the published weights know
+(autoencoder.path, autoencoder.temporal; text.encoder=t5).
 """
 
 from configs import default

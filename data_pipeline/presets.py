@@ -88,6 +88,7 @@ class SceneFrames:
     key: np.ndarray  # bool [n]
     complete: np.ndarray  # bool [n]: the other five cameras have a frame then, too
     tokens: Sequence[str] | None = None  # sample token of each record
+    only_complete: bool = False  # where a camera has none, no other one's frame is to be had either
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ def clip_frames(preset: ClipPreset, scene: SceneFrames, start: int) -> tuple[tup
             return (), "CAM_FRONT has no frame within half a frame of a wanted time"
     if scene.key[start:].sum() < preset.keyframes:
         return (), f"fewer than {preset.keyframes} keyframes left in the scene"
-    if preset.views == "six" and not scene.complete[chosen].all():
+    if (preset.views == "six" or scene.only_complete) and not scene.complete[chosen].all():
         return (), "another camera has no frame at one of its moments"
     return tuple(chosen.tolist()), ""
 
@@ -192,7 +193,7 @@ def scenes_of_encoded(directory) -> list[SceneFrames]:
         times = np.asarray(scene.front_us, np.int64)
         key = np.zeros(len(times), bool)
         key[scene.keyframes] = True
-        out.append(SceneFrames(scene.name, scene.split, times, key, np.isin(times, scene.timestamps_us)))
+        out.append(SceneFrames(scene.name, scene.split, times, key, np.isin(times, scene.timestamps_us), only_complete=True))
     return out
 
 

@@ -116,9 +116,10 @@ def labels(folders) -> list[str]:
 
 
 def _drive(about, arrays) -> str:
-    """What two videos must share to be compared drive by drive: poses, description, length and noise seed."""
+    """What two videos must share to be compared drive by drive: first frames, poses, description, length and noise seed."""
     poses = np.asarray(arrays.get("poses", ()), np.float64).round(2)
-    return hashlib.sha256(json.dumps([about.get("text"), about["frames"], poses.tolist(), about.get("seed")]).encode()).hexdigest()
+    start = [about["scene"], about.get("time_us")] if about.get("scene") else about.get("identity", {}).get("start")
+    return hashlib.sha256(json.dumps([about.get("text"), about["frames"], poses.tolist(), about.get("seed"), start]).encode()).hexdigest()
 
 
 def rig(scene) -> np.ndarray:

@@ -214,7 +214,9 @@ def trajectory_following(preset, cameras: str) -> Measure:
     def rows(found, view):
         errors: dict[str, list[dict]] = {"generated": [], "recorded": [], "standing still": [], "another clip's waypoints": []}
         for number, arrays in enumerate(found):
-            other = found[(number + 1) % len(found)]["fake true"]
+            later = [found[(number + i) % len(found)] for i in range(1, len(found) + 1)]
+            # Of another scene, where there is one: clips of one scene share most of the way.
+            other = next((clip for clip in later if clip["scene"] != arrays["scene"]), later[0])["fake true"]
             errors["generated"].append(egomotion.following(arrays["fake read"], arrays["fake true"]))
             errors["recorded"].append(egomotion.following(arrays["real read"], arrays["real true"]))
             errors["standing still"].append(egomotion.following(np.zeros_like(arrays["fake true"]), arrays["fake true"]))

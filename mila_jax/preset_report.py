@@ -22,8 +22,8 @@ def _table(rows) -> list[dict]:
     return [head(row["card"]) | {key: row.get(key, "") for key in columns} for row in rows]
 
 
-def write_report(out: pathlib.Path, record: dict, shown: int) -> pathlib.Path:
-    """report.html of a `record` (scores.json) in `out`, with the first `shown` clips; returns its path."""
+def write_report(out: pathlib.Path, record: dict, shown: list[pathlib.Path]) -> pathlib.Path:
+    """report.html of a `record` (scores.json) in `out`, with some videos; returns its path."""
     report = Report(f"Scores, {record['preset']}")
     report.add_text(f"{record['rule']}. Weights {record['weights_sha256'][:12]}. Clips that could not be had: {record['dropped'] or 'none'}.")
     report.add_table(_table(record["scores"]), caption="Distances, lower is better; beside them what halves of the real clips and broken real clips have")
@@ -46,8 +46,8 @@ def write_report(out: pathlib.Path, record: dict, shown: int) -> pathlib.Path:
         report.add_text(f"Left out: {score}, {why}.")
     for row in record["scores"] + record["measures"]:
         report.add_code(protocol.Card(**row["card"]).text(), "Protocol")
-    for number in range(shown):
-        report.add_video(out / f"clip{number}.mp4", "Generated (left half of each picture) and recorded (right half).")
+    for video in shown:
+        report.add_video(video, "Generated (left half of each picture) and recorded (right half).")
     return report.write(out / "report.html")
 
 

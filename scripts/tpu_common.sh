@@ -127,10 +127,11 @@ train_as_one() {
   mila+=(--config.distributed.initialize=always)
 }
 
-# Extras of pyproject.toml that the command needs on a worker.
+# Extras of pyproject.toml that a worker gets: gcs whether or not the command names a bucket, since its config file may, and since `setup` by
+# itself knows no command.
 extras() {
-  printf '%s\n' --extra=tpu
-  case " ${mila[*]:-} " in *gs://*) printf '%s\n' --extra=gcs ;; esac
+  printf '%s\n' --extra=tpu --extra=gcs
+  case " ${mila[*]:-} " in *train.wandb=*) printf '%s\n' --extra=wandb ;; esac
 }
 
 # Disks of workers go with them; only a bucket (or a mounted disk of the user's) survives a pre-emption.

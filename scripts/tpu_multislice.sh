@@ -51,7 +51,7 @@ create() {
     run git -C "$root" archive --format=tar "--output=$folder.tar" "$commit"
     run tar -xf "$folder.tar" -C "$folder"
     flags+=("--base-docker-image=${base_image:-python:3.12}" "--script-dir=$folder")
-    mapfile -t extra < <(extras)
+    while IFS= read -r line; do extra+=("$line"); done < <(extras)
   fi
   if [ "$spot" = yes ]; then flags+=(--spot); fi
   # exec: XPK sends SIGTERM to the shell that it starts this in, and mila has to get it.

@@ -57,7 +57,7 @@ copy_code() {
 
 set_up() {
   local extra=()
-  mapfile -t extra < <(extras)
+  while IFS= read -r line; do extra+=("$line"); done < <(extras)
   copy_code && call_worker "$workers" setup "${extra[@]}" "$archive"
 }
 

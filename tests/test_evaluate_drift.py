@@ -100,6 +100,14 @@ def test_motion_is_compared_in_the_frame_of_each_moment():
     assert lengths == [12, 13, 13]
 
 
+def test_recorded_frames_that_are_not_evenly_spaced_are_no_error_of_the_reader():
+    times = np.cumsum(np.tile([0.1, 0.05, 0.1], 12))  # as cameras fire that are told apart by twentieths of a second
+    for name, rate in (("speed_error", [8, 0, 0]), ("yaw_rate_error", [0, 0, 0.3])):
+        steps = np.array(rate) / 12
+        found = drift.measure(_video(3), ego_motion=lambda frames: np.tile(steps, (len(frames) - 1, 1)), poses=times[:, None] * rate)[name]
+        assert found[1:] == pytest.approx(0, abs=1e-6) and found[0] < 0.1 * max(rate)  # in the first second the last group is cut
+
+
 def test_anchor_residual_and_report(tmp_path):
     anchors = np.zeros((6, 3, 2, 2, 4), np.float16)
     frames = drift.anchor_frames({"anchor_stride": 6}, 3)

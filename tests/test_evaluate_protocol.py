@@ -79,6 +79,16 @@ def test_scores_rank_and_halves_are_small():
     assert rows[0]["kernel distance"] < rows[1]["kernel distance"] and rows[0]["real halves"] < 0.5
 
 
+def test_halves_share_no_scene_and_no_picture():
+    assert protocol.halves(["a", "a", "b", "c", "c", "b"]) == ([0, 1, 3, 4], [2, 5])
+    assert protocol.halves(["a"] * 5) == ([0, 1], [2, 3, 4])
+    rng = np.random.default_rng(3)
+    pictures = rng.normal(0, 1, (2, 20, 6))
+    real = [pictures[scene][i : i + 10] for scene in (0, 1) for i in range(8)]  # clips of a scene overlap
+    found = protocol.score(real, real, scenes=["a"] * 8 + ["b"] * 8)["real halves"]
+    assert found == pytest.approx(protocol.distance(real[:8], real[8:])) and found > 2 * protocol.distance(real[0::2], real[1::2])
+
+
 def test_kernel_distance_takes_subsets_of_both():
     rng = np.random.default_rng(3)
     a, b = [rng.normal(0, 1, (50, 4)) for _ in range(4)], [rng.normal(0, 1, (50, 4)) for _ in range(4)]

@@ -126,7 +126,7 @@ def test_dry_run_of_a_vm(repository, tools):
         gcloud compute tpus tpu-vm describe vm1 {place} '--format=value(state)'
         gcloud compute tpus tpu-vm create vm1 {place} --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite --spot '--network=net 1'
         {copy("vm1", place, "0")}
-        gcloud compute tpus tpu-vm ssh vm1 {place} --worker=0 '--command=bash tpu_worker.sh setup --extra=tpu mila_jax-{{commit}}.tar.gz'
+        gcloud compute tpus tpu-vm ssh vm1 {place} --worker=0 '--command=bash tpu_worker.sh setup --extra=tpu --extra=gcs mila_jax-{{commit}}.tar.gz'
         gcloud compute tpus tpu-vm ssh vm1 {place} --worker=0 '--command=bash tpu_worker.sh start --tries=2 -- train --config=configs/tiny.py'
         gcloud compute tpus tpu-vm ssh vm1 {place} --worker=0 '--command=bash tpu_worker.sh logs --lines=40 --follow'
         gcloud compute tpus tpu-vm ssh vm1 {place} --worker=0 '--command=bash tpu_worker.sh status'

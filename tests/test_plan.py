@@ -172,7 +172,38 @@ def test_a_child_that_aborts_ends_as_a_refused_layout(monkeypatch):
     monkeypatch.setattr(compiler, "require_compiler", lambda: None)
     monkeypatch.setattr(compiler.sys, "executable", "/bin/sh")  # a shell does not know `-m`: it stops with an error
     outcome = compiler.compile_step(load_config(), "v5e:2x2", "train")
-    assert outcome.text is None and "compiling process failed" in outcome.failure
+    assert outcome.text is None and "compiling process failed" in outcome.failure and outcome.passing
+
+
+def test_a_process_that_was_killed_says_nothing_of_the_layout(capsys, compiled):
+    planned = compiled.answers[0]
+    compiled.answers[:] = [Outcome(None, {}, "the compiling process ended with SIGKILL", 1.0, passing=True), planned]
+    assert run(capsys, "--topology=v5e:2x2")[0] == 1
+    assert run(capsys, "--topology=v5e:2x2")[0] == 0 and len(compiled.asked) == 2
+
+
+@pytest.mark.parametrize("accumulate, words", [(2, "not a multiple of train.accumulate"), (3, "not a multiple of train.accumulate"), (0, "must be at least 1")])
+def test_parts_of_a_batch_that_training_refuses(capsys, compiled, accumulate, words):
+    code, _, err = run(capsys, "--topology=v5e:4x4", "--config.train.batch=16", "--config.mesh.fsdp=16", f"--config.train.accumulate={accumulate}")
+    assert code == 2 and words in err and not compiled.asked
+
+
+def test_a_sampling_step_lies_as_generation_lays_it():
+    """One video and two guidance passes: split over data where they are one batch; never over fsdp, where they do not divide."""
+    guided = ("--config.generate.guidance_text=7.0", "--config.generate.guidance_waypoints=7.0", "--config.plan.sample_batch=1")
+    for settings, data in ((("--config.mesh.fsdp=8",), 1), (("--config.mesh.data=2", "--config.mesh.fsdp=4"), 2)):
+        config = load_config("configs/tiny.py", [*SMALL, *guided, *settings])
+        sizes = plan_sizes(config, 8, "sample")
+        assert (sizes.passes, sizes.mesh["data"]) == (2, data)
+    config = load_config("configs/tiny.py", [*SMALL, *guided, "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.generate.guidance_batched=False"])
+    with pytest.raises(UserError, match="1 sample"):
+        plan_sizes(config, 8, "sample")
+
+
+def test_frozen_parameters_are_said(capsys, compiled, tmp_path):
+    file = tmp_path / "plan.json"
+    run(capsys, "--topology=v5e:2x2", "--config.train.trainable=('final.*',)", f"--json={file}")
+    assert any("train.trainable" in warning for warning in json.loads(file.read_text())["warnings"])
 
 
 def test_the_child_does_not_outlive_its_parent(monkeypatch):

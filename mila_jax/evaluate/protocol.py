@@ -1,6 +1,6 @@
 """The protocol of a score: what has to be equal before two numbers may be compared, printed and stored with every one of them.
 
-And the scores themselves, with sanity values beside them: what equal distributions give at this number of clips (halves of the real ones),
+And the scores themselves, with sanity values beside them: what equal distributions give at this number of clips (halves of the real ones, that share no scene),
 and what a broken video gives (the real frames shuffled in time, or the first one repeated).
 """
 
@@ -179,15 +179,33 @@ def _rows(parts: Sequence, numbers) -> tuple[np.ndarray, np.ndarray]:
     return numbers, np.concatenate(kept)
 
 
-def score(real: Sequence, fake: Sequence, broken: dict | None = None) -> dict:
+def halves(scenes: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Numbers of the clips of every other scene, and of the others; with one scene alone, of its earlier and its later clips.
+
+    scenes: of each clip. Clips of one scene overlap, so that halves which share scenes would hold the same pictures."""
+    order = list(dict.fromkeys(scenes))
+    if len(order) < 2:
+        middle = len(scenes) // 2
+        return list(range(middle)), list(range(middle, len(scenes)))
+    odd = set(order[1::2])
+    return [i for i, scene in enumerate(scenes) if scene not in odd], [i for i, scene in enumerate(scenes) if scene in odd]
+
+
+def chosen(parts: Sequence, numbers: Sequence[int]) -> Parts:
+    """The features of some clips, read when they are asked for."""
+    return Parts(parts.__getitem__, numbers)
+
+
+def score(real: Sequence, fake: Sequence, broken: dict | None = None, scenes: Sequence[str] | None = None) -> dict:
     """One row: the distance of generated to real features and its sanity values.
 
-    real, fake: features [n, d] of each clip; broken: name → the same for broken versions of the real clips (`disturbed`). Halves are the
-    even and the odd clips, so each has half as many and a distance that is biased upwards the more.
+    real, fake: features [n, d] of each clip; broken: name → the same for broken versions of the real clips (`disturbed`); scenes: of each real
+    clip (None: all of one). Each of the `halves` has about half as many clips and a distance that is biased upwards the more.
     """
     row = {"distance": distance(real, fake), "kernel distance": kernel_distance(real, fake)}
-    if sum(map(len, real[1::2])) > 1:  # two samples at least on either side
-        row["real halves"] = distance(real[0::2], real[1::2])
+    sides = [chosen(real, numbers) for numbers in halves(scenes or [""] * len(real))]
+    if all(sum(map(len, side)) > 1 for side in sides):
+        row["real halves"] = distance(*sides)
     for name, features in (broken or {}).items():
         row[f"real {name}"] = distance(real, features)
     return row

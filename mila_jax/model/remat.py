@@ -19,7 +19,7 @@ chip makes of them `mila plan` models. The unit of memory is the stream: tokens 
 Memory that is left over after one of them and does not do for the next: `A:10:B` treats the first ten pairs as A, the others as B
 (and so on: `A:4:B:4:C`).
 
-Attention by XLA keeps its results, but computes its weights again in every mode but `none`. All but `block`, `full` and `offload` also
+Attention by XLA keeps its results, but computes its weights again in every mode but `none`. All with `attention` in their name also
 keep statistics of norms and of the softmax of the splash kernel, which take next to nothing.
 """
 

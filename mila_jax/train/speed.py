@@ -22,10 +22,11 @@ def peak_flops(device) -> float | None:
 @dataclasses.dataclass(frozen=True)
 class Speed:
     """tokens: patches of all views of all frames of a batch; flops: of the model for one step, forward and backward, without what is computed
-    again (`parallel.aot.flops`, held against the traced program by tests); devices; peak: FLOP/s of one of them or None."""
+    again (`parallel.aot.flops`, held against the traced program by tests), None where parameters are frozen, since that counts a whole backward
+    pass; devices; peak: FLOP/s of one of them or None."""
 
     tokens: int
-    flops: float
+    flops: float | None
     devices: int
     peak: float | None
 
@@ -36,11 +37,15 @@ class Speed:
         sizes = Sizes("train", trainer.data, trainer.dit, dict(trainer.mesh.shape), config.train.batch, 1, config.window.frames)
         frames = -(-config.window.frames // trainer.dit.patch[0])
         tokens = config.train.batch * len(VIEWS) * frames * sizes.tokens
-        return cls(tokens, model_flops(sizes), trainer.mesh.size, peak_flops(jax.devices()[0]))
+        flops = model_flops(sizes) if tuple(config.train.trainable) == ("*",) else None
+        return cls(tokens, flops, trainer.mesh.size, peak_flops(jax.devices()[0]))
 
     def metrics(self, seconds: float) -> dict:
         """For a step that took `seconds`; the share of the peak (MFU) only where the peak is known."""
-        out = {"speed/step_seconds": seconds, "speed/tokens_per_second": self.tokens / seconds, "speed/model_tflops_per_second": self.flops / seconds / 1e12}
+        out = {"speed/step_seconds": seconds, "speed/tokens_per_second": self.tokens / seconds}
+        if self.flops is None:
+            return out
+        out["speed/model_tflops_per_second"] = self.flops / seconds / 1e12
         if self.peak:
             out["speed/mfu"] = self.flops / seconds / (self.devices * self.peak)
         return out

@@ -22,7 +22,7 @@ from mila_jax.model.stdit3_weights import create
 from mila_jax.model.weights import load_model, merge_parameters, model_config, save_model
 from mila_jax.parallel import distributed
 from mila_jax.parallel.logical import rules_from_config, use_rules, with_rules
-from mila_jax.parallel.mesh import batch_sharding, check_divides, make_mesh, own_rows, replicated
+from mila_jax.parallel.mesh import batch_sharding, check_accumulation, check_divides, make_mesh, own_rows, replicated
 from mila_jax.prepare import describe_data
 from mila_jax.train import step as step_module
 from mila_jax.train.folder import RunFolder
@@ -194,10 +194,3 @@ def check_config(config) -> None:
     start, count = config.train.profile
     if start < 0 or count < 0:
         raise UserError(f"train.profile={tuple(config.train.profile)} must be (first step, number of steps), none negative")
-
-
-def check_accumulation(train, mesh) -> None:
-    """Raises `UserError` when the batch does not divide into `train.accumulate` parts on every device."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if train.batch % (train.accumulate * rows):
-        raise UserError(f"train.batch={train.batch} is not a multiple of train.accumulate·mesh.data·mesh.fsdp={train.accumulate * rows}; change one of them")

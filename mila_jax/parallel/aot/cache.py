@@ -62,7 +62,7 @@ def source_hash() -> str:
     files = [PACKAGE / "generate.py", PACKAGE / "rollout_program.py", PACKAGE / "views.py"]
     for room in ("model", "flow", "train", "parallel"):
         files += sorted((PACKAGE / room).glob("*.py"))
-    files += [pathlib.Path(__file__).parent / name for name in ("program.py", "child.py", "sizes.py")]
+    files += [pathlib.Path(__file__).parent / name for name in ("program.py", "child.py", "compiler.py", "sizes.py")]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -35,13 +35,15 @@ KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "VIRTUAL_ENV", "LD_LIBRARY_P
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """text: the optimised program, None if there is none; memory: bytes of one device (`peak` always, with `source`); failure: one line
-    on why the compiler refused, None if it did not; seconds: wall time of the process; arguments: unpadded bytes of state and batch."""
+    on why the compiler refused, None if it did not; seconds: wall time of the process; arguments: unpadded bytes of state and batch; passing:
+    the process ended without a verdict (killed, a full disk, a bug), so that another one may say something else."""
 
     text: str | None
     memory: dict
     failure: str | None
     seconds: float
     arguments: int | None = None
+    passing: bool = False
 
 
 def require_compiler() -> None:
@@ -154,4 +156,4 @@ def _collect(folder: pathlib.Path, returncode: int | None, full: bool, seconds: 
     if compiled:
         memory = compiled["memory"] | {"source": "peak_memory_in_bytes of the compiled program"}
         return Outcome((folder / "compiled.txt").read_text(), memory, None, seconds, arguments)
-    return Outcome(None, memory, failure_line(returncode or 0, (folder / "log").read_text(errors="replace")), seconds, arguments)
+    return Outcome(None, memory, failure_line(returncode or 0, (folder / "log").read_text(errors="replace")), seconds, arguments, passing=True)

@@ -2,11 +2,11 @@
 
 Two models of time, both simple enough to say in a line (`ASSUMPTIONS`), so that the truth is likely to lie between them:
 
-- roofline: every instruction takes the larger of its matmul time at peak and its HBM time. No program is faster than that.
+- roofline: every instruction takes the larger of its matmul time at peak and its HBM time. Without collectives no program is faster than that.
 - pessimistic: matmuls take what the compiler estimates (full mode) or, filled up to the matrix unit, 85 % of the peak and
   their HBM time on top (fast mode), attention kernels the rate of their instruction count, everything else the larger of HBM time and twice its vector time.
 
-In both, collectives stop everything else (no overlap at all).
+In both, collectives stop everything else (no overlap at all), although the schedule may hide some; the figures without them stand beside.
 """
 
 import collections

@@ -81,7 +81,9 @@ def matmuls(dit: DiTConfig, sizes: Sizes) -> list[Matmul]:
 
 
 def model_flops(sizes: Sizes) -> float:
-    """Operations of one step over all devices: forward and backward for training, one guided evaluation for sampling."""
+    """Operations of one step over all devices: forward and backward for training, one guided evaluation for sampling.
+
+    The backward pass is a whole one, also where `train.trainable` freezes parameters and a step makes less of it."""
     table = matmuls(sizes.dit, sizes)
     return float(sum(m.train_flops if sizes.step == "train" else m.forward_flops for m in table))
 

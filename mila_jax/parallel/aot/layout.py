@@ -30,7 +30,7 @@ def plan_layout(config, topology: Topology, step: str, *, name: str = "", change
     cached = outcome is not None
     if outcome is None:
         outcome = compile_step(config, topology.name, step, full=full, limit=limit)
-        if use_cache:
+        if use_cache and not outcome.passing:
             cache.save(key, outcome)
     chip, limit_gib = topology.chip, topology.chip.hbm_limit
     result = {
@@ -60,6 +60,8 @@ def plan_layout(config, topology: Topology, step: str, *, name: str = "", change
     # Slices lie along the axis data (`parallel.placement`); the program is that of one of them, with sends to the others.
     found = walk(hlo.parse(outcome.text), chip, sizes.mesh | {"data": sizes.mesh["data"] // topology.slices})
     result |= figures(found, chip, model_flops(sizes) / topology.devices, full)
+    if step == "train" and tuple(config.train.get("trainable", ("*",))) != ("*",):
+        result["warnings"].append("train.trainable freezes parameters, but the model's FLOPs are of a whole backward pass: MFU is too high")
     if not result["hbm"].get("fits", True):
         result["reason"] = f"needs {result['hbm']['peak_gib']:.2f} GiB of {limit_gib} GiB"
     return result

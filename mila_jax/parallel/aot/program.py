@@ -17,7 +17,7 @@ from mila_jax.parallel.aot.sizes import Sizes
 from mila_jax.parallel.compiler_options import options_of
 from mila_jax.parallel.logical import rules_from_config, spec, use_rules, with_rules
 from mila_jax.parallel.mesh import batch_sharding, parameter_shardings, replicated
-from mila_jax.rollout_program import generation_velocity
+from mila_jax.rollout_program import Layout, evaluations, generation_rules, generation_velocity
 from mila_jax.train.optimizer import make_optimizer
 from mila_jax.train.stages import resolve
 from mila_jax.train.state import abstract_model, abstract_state, state_shardings
@@ -79,13 +79,12 @@ def train_program(config, sizes: Sizes, mesh: Mesh) -> Program:
     return Program(step, (_shaped(abstract_state(sizes.dit, tx, trainable), shardings), clip, _key(mesh)), mesh)
 
 
-def sample_program(config, sizes: Sizes, mesh: Mesh) -> Program:
-    """One denoising step of a window, guidance included; the window is donated."""
+def sample_program(config, sizes: Sizes, mesh: Mesh, layout: Layout) -> Program:
+    """One denoising step of a window, guidance included, laid out as generation does; the window is donated."""
     graphdef, params = abstract_model(sizes.dit)
     prior = _prior(config, sizes)
     b, v, t = sizes.batch, len(VIEWS), sizes.frames
-    # One video may be fewer than the devices that its guidance passes are split over: then it lies whole on each of them.
-    rows = "batch" if b % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    rows = layout.batch
     window = jax.ShapeDtypeStruct((b, v, t, *sizes.data["latent_shape"]), jnp.float32, sharding=NamedSharding(mesh, spec(rows, None, "frames")))
     schedule = jax.ShapeDtypeStruct((2, t), jnp.float32, sharding=replicated(mesh))
     clip = abstract_clip(sizes, NamedSharding(mesh, spec(rows)))
@@ -98,12 +97,16 @@ def sample_program(config, sizes: Sizes, mesh: Mesh) -> Program:
         return sample_window(velocity, window, schedule, conditions)
 
     step = jax.jit(
-        with_rules(rules_from_config(config), sample_step), donate_argnums=1, out_shardings=window.sharding, compiler_options=options_of(window.sharding)
+        with_rules(layout.rules, sample_step), donate_argnums=1, out_shardings=window.sharding, compiler_options=options_of(window.sharding)
     )  # fmt: skip
     return Program(step, (_shaped(params, parameter_shardings(mesh, params)), window, schedule, conditions), mesh)
 
 
 def make_program(config, sizes: Sizes, mesh: Mesh) -> Program:
     """The program of `sizes.step`, under the config's logical rules."""
-    with use_rules(**rules_from_config(config)):
-        return (train_program if sizes.step == "train" else sample_program)(config, sizes, mesh)
+    if sizes.step == "train":
+        with use_rules(**rules_from_config(config)):
+            return train_program(config, sizes, mesh)
+    rules = generation_rules(config, sizes.dit, mesh, evaluations(config.generate, sizes.batch), sizes.frames, sizes.tokens)
+    with use_rules(**rules):
+        return sample_program(config, sizes, mesh, Layout(mesh, rules, sizes.batch))

@@ -9,7 +9,8 @@ from mila_jax.model.dit import DiTConfig
 from mila_jax.model.weights import model_config
 from mila_jax.parallel.aot.options import STEPS
 from mila_jax.parallel.logical import rules_from_config, use_rules
-from mila_jax.parallel.mesh import axis_sizes, check_divides
+from mila_jax.parallel.mesh import axis_sizes, check_accumulation, check_divides
+from mila_jax.rollout_program import evaluations, generation_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +87,16 @@ def plan_sizes(config, devices: int, step: str) -> Sizes:
     if batch < 1:
         raise UserError(f"train.batch={batch} must be at least 1")
     sizes = Sizes(step, data, dit, mesh, batch, passes, config.window.frames)
-    shards = mesh["data"] * mesh["fsdp"]
-    if step == "sample" and batch * passes % shards:
-        raise UserError(
-            f"plan.sample_batch={batch} × {passes} evaluations (guidance) is not a multiple of mesh.data·mesh.fsdp={shards}; change one of them"
-        )
+    if step == "sample":  # as `generation_mesh` and `Layout` do
+        samples = evaluations(config.generate, batch)
+        if samples % mesh["data"]:
+            raise UserError(
+                f"plan.sample_batch={batch} gives {samples} sample(s) at a time (with guidance in one batch), no multiple of mesh.data={mesh['data']}; "
+                "change one of them"
+            )
+        generation_rules(config, dit, _Mesh(mesh), samples, config.window.frames, sizes.tokens)
+        return sizes
+    check_accumulation(config.train, _Mesh(mesh))
     with use_rules(**rules_from_config(config)):
-        check_divides(_Mesh(mesh), batch if step == "train" else shards, dit.heads, dit.width, config.window.frames, sizes.tokens)
+        check_divides(_Mesh(mesh), batch, dit.heads, dit.width, config.window.frames, sizes.tokens)
     return sizes
