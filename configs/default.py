@@ -1,6 +1,6 @@
 """Every setting there is, with its default; the other files in this folder start from here.
 
-Command: `mila train --config=configs/default.py --config.data.dir=DIR`. The model is the 1.2 B parameter STDiT3-XL/2 layout
+Command: `mila train --config=configs/default.py --config.data.dir=DIR --config.train.dir=DIR`. The model is the 1.2 B parameter STDiT3-XL/2 layout
 over 224×400 images; chips, memory per chip and FLOPs per step: not measured. Use `configs/tiny.py` on one machine.
 
 Settings are changed on the command line by their path, `--config.train.steps=100`. Sizes that must agree with each other are
@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
     c.attention.text = "xla"  # xla | fused (attention to the text in one TPU kernel)
     c.attention.parallel = "context"  # none | context | heads | kv_gather
 
-    # A window and its noise (method.md: TPD, JDC). Training and generation share these.
+    # A window and its noise (the paper's TPD and JDC). Training and generation share these.
     c.window = ConfigDict()
     c.window.frames = 8  # T, conditioning frames included
     c.window.conditioning = 2  # N clean first frames at 12 Hz

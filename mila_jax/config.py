@@ -1,5 +1,6 @@
 """Loading a config file and changing single keys, with errors that name the nearest key."""
 
+import ast
 import difflib
 import importlib.util
 import pathlib
@@ -32,6 +33,17 @@ def _keys(config, prefix=""):
             yield prefix + name
 
 
+def plain(value: str):
+    """The value as Python would read it, else the text."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+RULE = "--config.mesh.rules."  # its keys are names of a table that most configs change nothing of
+
+
 def load_config(path="configs/tiny.py", overrides=()) -> ml_collections.ConfigDict:
     """The config of file `path` (searched here, then beside the package) with overrides like `--config.train.steps=5`.
 
@@ -56,6 +68,13 @@ def load_config(path="configs/tiny.py", overrides=()) -> ml_collections.ConfigDi
         raise UserError(f"{file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"{file} has no get_config() that returns a ConfigDict; see configs/default.py")
+    for argument in overrides:
+        if argument.startswith(RULE):
+            name, sign, value = argument.removeprefix(RULE).partition("=")
+            if not sign:
+                raise UserError(f"{argument} is not {RULE}NAME=VALUE")
+            config.mesh.rules[name] = plain(value)
+    overrides = [argument for argument in overrides if not argument.startswith(RULE)]
     known = list(_keys(config))
     for argument in overrides:
         if argument.startswith("--config."):

@@ -12,6 +12,7 @@ import shutil
 import time
 import types
 
+import jax
 import numpy as np
 
 from data_pipeline.clips import read_scene
@@ -27,6 +28,7 @@ from mila_jax.evaluate.video import contact_sheet, six_view_picture, write_six_v
 from mila_jax.generate import check_fits, find_weights, sampler_options, window_settings
 from mila_jax.generate_command import generate_command
 from mila_jax.model.weights import load_model
+from mila_jax.parallel.mesh import axis_sizes
 from mila_jax.prepare import open_codec, prepare, simulate_from_config
 from mila_jax.scores import FEATURE_SIZE, agreement, compare, held_out_images, reconstruction
 from mila_jax.start import FRAME_RATE, frame_count, from_scene
@@ -88,6 +90,9 @@ def demo(config, out, *, fresh: bool = False, train_first: bool = False, seconds
         prepare(config, progress=progress)
     outcome = None
     if train_first:
+        mesh = axis_sizes(config.mesh, jax.device_count())
+        shares = mesh["data"] * mesh["fsdp"]
+        config.train.batch = -(-config.train.batch // shares) * shares  # a few windows more where there are more devices
         with clock.phase("train", progress):
             outcome = train(config, progress=progress)
             if outcome.code:  # told to leave: saved, and no video of half a training

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from data_pipeline.storage import is_remote
 from mila_jax.chunks import Chunks, chunks_of
 from mila_jax.decode import decode_frames  # noqa: F401 (a part of this module's interface)
 from mila_jax.errors import UserError
@@ -16,6 +17,7 @@ from mila_jax.flow.plan import RolloutPlan, Windows, fits, plan_rollout
 from mila_jax.flow.rollout import Rollout, Rows, SamplerOptions, State, Tables, collect, make_rows, make_tables, pad_rows, start_state, unmerge
 from mila_jax.flow.timeshift import shift_ratio
 from mila_jax.model.conditions import Conditions
+from mila_jax.model.weight_files import local_file
 from mila_jax.model.weights import SHIPPED, WorldModel
 from mila_jax.prepare import describe_data
 from mila_jax.rollout_program import Layout, Network, RolloutProgram, evaluations, generation_mesh, generation_rules
@@ -205,8 +207,11 @@ def check_first_frames(start: list[Start], shape) -> None:
 
 
 def find_weights(config) -> pathlib.Path:
-    """The weights file of `generate.weights`: a file, a training folder, or (unset) the shipped one."""
-    path = pathlib.Path(config.generate.weights or SHIPPED)
+    """The weights file of `generate.weights`: a file, a training folder, either also in a bucket (gs://…), or (unset) the shipped one."""
+    weights = config.generate.weights or SHIPPED
+    if is_remote(weights):
+        return local_file(weights if str(weights).endswith(".safetensors") else f"{str(weights).rstrip('/')}/model.safetensors")
+    path = pathlib.Path(weights)
     if path.is_dir():
         path = path / "model.safetensors"
     return path

@@ -98,7 +98,7 @@ def project(points, world2camera, intrinsics):
 
 
 def relative_waypoints(translation, quaternion_wxyz, reference):
-    """Ego poses in the world to waypoints (method.md's definition).
+    """Ego poses in the world to waypoints (x forward, y left, yaw).
 
     translation: [..., t, 3] metres, quaternion_wxyz: [..., t, 4], reference: [...] index of the last conditioning frame.
     Returns [..., t, 3]: x forward, y left in metres and yaw in radians (-π..π), relative to the ego at `reference`.

@@ -39,7 +39,7 @@ class Trajectory:
         return np.stack([c[i] + share * (c[i + 1] - c[i]) for c in columns], -1)
 
     def waypoints(self, times, reference) -> np.ndarray:
-        """Poses at `times` [..., t] relative to the ego at `reference` [...] seconds → [..., t, 3] (method.md's waypoints)."""
+        """Poses at `times` [..., t] relative to the ego at `reference` [...] seconds → [..., t, 3] (waypoints)."""
         pose, origin = self.at(times), self.at(reference)[..., None, :]
         dx, dy = pose[..., 0] - origin[..., 0], pose[..., 1] - origin[..., 1]
         cos, sin = np.cos(origin[..., 2]), np.sin(origin[..., 2])

@@ -2,7 +2,7 @@
 # Makes .venv in the repository with everything mila needs; does nothing if that is done already.
 #   bash scripts/setup.sh           what `mila` needs
 #   bash scripts/setup.sh --test    the test requirements too
-#   bash scripts/setup.sh --extra=NAME …     an extra of pyproject.toml too: tpu, cuda, gcs, wandb, tensorboard (test is --test)
+#   bash scripts/setup.sh --extra=NAME …     an extra of pyproject.toml too: tpu, cuda, gcs, beam, t5, scores, wandb, tensorboard (test is --test)
 #   bash scripts/setup.sh --which-python     prints the Python that it would take and does nothing
 # PYTHON=/path/to/python chooses the interpreter; otherwise the first of python3.13, 3.12, 3.11, python3 that is 3.11 or newer.
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs one `mila` command on several slices of a GKE cluster that XPK made (https://github.com/AI-Hypercomputer/xpk).
 #   bash scripts/tpu_multislice.sh create NAME --cluster=CLUSTER --type=v5p-256 --slices=4 [options] -- train --config=configs/xl128.py \
-#     --config.data.dir=gs://BUCKET/latents --config.train.dir=gs://BUCKET/run
+#     --config.data.dir=gs://BUCKET/latents --config.train.dir=gs://BUCKET/run --config.train.batch=256
 # create  submits the workload NAME. Without --image, XPK puts the commit that is checked out here on top of --base-image, and each
 #         container installs its requirements when it starts
 # wait NAME      until it is finished: exit code 0 if it succeeded, 125 if not (XPK's)

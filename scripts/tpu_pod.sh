@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs one `mila` command on all workers of a pod slice (or of a single TPU VM), through queued resources, and keeps it going.
-#   bash scripts/tpu_pod.sh run NAME --type=v5p-64 --spot [options] -- train --config=configs/xl128.py \
+#   bash scripts/tpu_pod.sh run NAME --type=v5p-128 --spot [options] -- train --config=configs/xl128.py \
 #     --config.data.dir=gs://BUCKET/latents --config.train.dir=gs://BUCKET/run
 # run     asks for the slice NAME unless it is there, waits until it is ACTIVE, copies the commit that is checked out here to every
 #         worker, sets it up, starts `mila train …` on all of them, and watches: a slice that was taken away (SUSPENDED, FAILED) is

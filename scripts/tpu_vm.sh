@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs `mila` on one TPU VM (a type with one worker: v5litepod-1 … 8, v6e-1 … 8, v5p-8, v4-8); larger ones: scripts/tpu_pod.sh.
-#   bash scripts/tpu_vm.sh run NAME --type=v5litepod-8 [options] -- train --config=configs/tiny.py --config.data.dir=DIR --config.train.dir=DIR
+#   bash scripts/tpu_vm.sh run NAME --type=v5litepod-8 [options] -- train --config=configs/small.py --config.data.dir=DIR --config.train.dir=DIR
 # run     uses the VM NAME or creates it, copies the commit that is checked out here, sets it up, starts `mila train …` so that it goes
 #         on without this terminal, and follows its log; exit code 0 if it is done, 1 if it failed
 # create, setup, start -- …, logs [--follow]       the parts of it

@@ -1,11 +1,18 @@
 """The ablations: what is compared, and how a number and its direction are computed."""
 
+import json
+
 import numpy as np
 import pytest
 
+from data_pipeline.records import read_index
 from mila_jax import ablate
 from mila_jax.errors import UserError
 from mila_jax.evaluate.frechet import Reference, frechet_distance
+from mila_jax.flow.rollout import collect
+from mila_jax.model.stdit3_weights import create
+from mila_jax.model.weights import model_config, save_model
+from mila_jax.prepare import describe_data
 
 
 def test_tables_have_the_papers_rows_and_every_claim_is_made():
@@ -54,3 +61,52 @@ def test_a_reference_gives_the_same_distance():
     for n in (3, 40):
         a, b = rng.standard_normal((n, 6)), rng.standard_normal((30, 6))
         assert Reference(b).distance(a) == pytest.approx(frechet_distance(a, b))
+
+
+def test_ablations_end_in_tables_and_go_on_where_they_stopped(small_config, tmp_path, monkeypatch):
+    """Everything but the network: its videos are random, the same for the same clip and settings."""
+    config = small_config.copy_and_resolve_references()
+    config.model.precondition, config.model.sweep = "none", 0
+    data = describe_data(config.data.dir)
+    config.generate.weights = str(tmp_path / "model.safetensors")
+    save_model(config.generate.weights, create(model_config(config, data))[1], config, data, None, {"steps": 0})
+    index = read_index(config.data.dir)
+    index.scenes[1].split = "val"  # one to tune on, one to report on
+    monkeypatch.setattr(ablate, "read_index", lambda folder: index)
+    made = []
+
+    def video(self, start, frames, seed=0, *, anchors=None):
+        job = self.job(start, frames, seed, anchors=anchors)
+        made.append((start[0].scene, seed, job.plan.strategy, anchors is not None, start[0].waypoints_known, job.plan.conditioning))
+        if stop and len(made) == stop:
+            raise KeyboardInterrupt
+        shape = (job.windows, 1, 6, job.plan.window, *data["latent_shape"])
+        return collect(job.plan, np.random.default_rng(len(made)).normal(size=shape).astype(np.float32), anchors), job.plan
+
+    def features(images):
+        return np.stack([images.mean((1, 2, 3)), images.std((1, 2, 3)), images[:, ::2].mean((1, 2, 3))], -1)
+
+    monkeypatch.setattr(ablate.Generator, "__call__", video)
+    arguments = dict(clips=2, long_seconds=2.0, resamples=4, extractor=features, progress=False)
+    stop = 10
+    with pytest.raises(KeyboardInterrupt):
+        ablate.ablate_command(config, tmp_path / "out", **arguments)
+    stop = 0
+    text = ablate.ablate_command(config, tmp_path / "out", **arguments).read_text()
+    cells = len(list((tmp_path / "out" / "cells").glob("*.npz")))
+    assert made[9] == made[10]  # the one that was cut short is made again, those before it are not
+    count = len(made)
+    ablate.ablate_command(config, tmp_path / "out", **arguments)
+    assert len(made) == count and len(list((tmp_path / "out" / "cells").glob("*.npz"))) == cells
+    assert {scene for scene, *_ in made} == {index.scenes[0].name, index.scenes[1].name}
+    assert len({(scene, seed) for scene, seed, *_ in made}) == 4  # two clips of each, whose noise is the same for all variants
+    assert {"recurrent", "divide_and_conquer", "coarse_to_refine"} == {entry[2] for entry in made} and {1, 2, 4} >= {entry[5] for entry in made}
+    assert any(entry[3] for entry in made) and any(not entry[4] for entry in made)
+    assert text.count("## Table") == 6 and "## Which of the paper's directions hold here" in text
+    record = json.loads((tmp_path / "out" / "ablate.json").read_text())
+    assert {scene for scene, _ in record["clips"]} == {index.scenes[1].name}
+    rows = {tuple(row["row"]): row["multi"] for row in record["tables"]["Table 4: modules"]}
+    [true] = [d for d in record["directions"] if d["claim"].startswith("true anchors help")]
+    assert true["gain"] == pytest.approx(rows["✓", "", ""][0] - rows["✓", "GT", ""][0])  # lower is better, so a gain is above 0
+    for found in record["directions"]:
+        assert found["verdict"] == ("holds" if found["low"] > 0 else "the other way round" if found["high"] < 0 else "undecided")

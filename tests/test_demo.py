@@ -25,13 +25,17 @@ def test_demo_ends_in_a_report_and_reuses_what_is_finished(small_config, tmp_pat
     assert page.count("<video") == 2 and "FD-EffNetLite0" in page and "Held-out loss" in page and "Agreement of neighbouring views where" in page
     assert "http://" not in page and "https://" not in page
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").rglob("*") if p.suffix in (".mp4", ".jpg", ".array_record")}
+    (tmp_path / "demo" / "video" / "recorded.mp4").unlink()  # as if it had been killed while that was written: everything else stays
     demo(config, tmp_path / "demo", train_first=True, seconds=2.5, progress=False)
-    assert times and all(p.stat().st_mtime_ns == t for p, t in times.items())
-    (tmp_path / "demo" / "video" / "recorded.mp4").unlink()  # as if it had been killed while that was written: the generated video stays
-    demo(config, tmp_path / "demo", train_first=True, seconds=2.5, progress=False)
-    assert all(p.stat().st_mtime_ns == t for p, t in times.items() if p.name != "recorded.mp4") and (tmp_path / "demo" / "video" / "recorded.mp4").exists()
-    demo(config, tmp_path / "demo", train_first=True, fresh=True, seconds=2.5, progress=False)
-    assert all(p.stat().st_mtime_ns != t for p, t in times.items() if p.exists())
+    assert len(times) > 2 and all(p.exists() and (p.stat().st_mtime_ns == t) == (p.name != "recorded.mp4") for p, t in times.items())
+
+    def begun(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mila_jax.demo.simulate_from_config", begun)
+    with pytest.raises(KeyboardInterrupt):
+        demo(config, tmp_path / "demo", train_first=True, fresh=True, seconds=2.5, progress=False)
+    assert not any(p.exists() for p in times)
 
 
 def test_fresh_deletes_nothing_that_no_demo_made(small_config, tmp_path):

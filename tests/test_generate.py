@@ -7,14 +7,17 @@ import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
+from ml_collections import ConfigDict
 from PIL import Image
 
 from data_pipeline.clips import read_scene
 from data_pipeline.nuscenes.reader import open_nuscenes
 from data_pipeline.records import read_index
-from mila_jax import cli, generate
+from mila_jax import cli, generate, rollout_program
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
 from mila_jax.flow.rollout import collect
@@ -157,6 +160,25 @@ def test_guidance_in_one_pass_or_in_turn(trained):
         c.generate.update(guidance_text=2.0, guidance_waypoints=3.0, guidance_batched=batched, strategy="recurrent")
         videos.append(generate.Generator(model, c)([start], 6)[0].latents)
     np.testing.assert_allclose(*videos, atol=2e-4)
+
+
+@struct.dataclass
+class Dropped:
+    """As much of the conditions as guidance touches."""
+
+    drop_text: jax.Array
+    drop_waypoints: jax.Array
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_each_scale_is_of_its_condition(monkeypatch, batched):
+    """A velocity of 1 with the text and 10 with the waypoints: with nothing dropped 11, without text 10, without both 0."""
+    known = lambda x, levels, given: x + (1.0 * ~given.drop_text + 10.0 * ~given.drop_waypoints)[:, None]  # noqa: E731
+    monkeypatch.setattr(rollout_program, "make_velocity", lambda *_: known)
+    settings = ConfigDict(dict(guidance_text=2.0, guidance_waypoints=3.0, guidance_batched=batched))
+    velocity = rollout_program.generation_velocity(None, None, None, None, settings)
+    nothing = jnp.zeros(2, bool)
+    np.testing.assert_allclose(velocity(jnp.zeros((2, 1)), jnp.zeros((2, 1)), Dropped(nothing, nothing)), 3 * (10 - 0) + 2 * (11 - 10))
 
 
 def test_interrupted_generation_goes_on_at_the_last_finished_window(trained, tmp_path, capsys, monkeypatch):

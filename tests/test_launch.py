@@ -14,6 +14,9 @@ import time
 
 import pytest
 
+from mila_jax.config import load_config
+from mila_jax.parallel.aot.sizes import plan_sizes
+
 ROOT = pathlib.Path(__file__).parents[1]
 FAKE = pathlib.Path(__file__).with_name("fake_cloud.py")
 LAUNCHERS = ("tpu_vm.sh", "tpu_pod.sh", "tpu_multislice.sh")
@@ -35,9 +38,9 @@ printf '%s\\n' "$@" >> "$HOME/arguments"
 codes="$HOME/../../codes.$(basename "$HOME")"
 code="$(head -n 1 "$codes" 2>/dev/null)"
 [ -f "$codes" ] && sed -i 1d "$codes"
+if [ "$code" = wait ]; then trap 'echo saved >> "$HOME/attempts"; exit 75' TERM; fi  # before anybody can know that it is there
 echo "mila attempts with ${code:-0}" | tee -a "$HOME/attempts"
 if [ "$code" = wait ]; then
-  trap 'echo saved >> "$HOME/attempts"; exit 75' TERM
   while :; do sleep 0.02; done
 fi
 exit "${code:-0}"
@@ -131,6 +134,18 @@ def test_dry_run_of_a_vm(repository, tools):
         gcloud compute tpus tpu-vm ssh vm1 {place} --worker=0 '--command=bash tpu_worker.sh logs --lines=40 --follow'
         gcloud compute tpus tpu-vm ssh vm1 {place} --worker=0 '--command=bash tpu_worker.sh status'
     """)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["README.md", "scripts/tpu_vm.sh", "scripts/tpu_pod.sh", "scripts/tpu_multislice.sh"])
+def test_documented_commands_fit_the_chips_of_their_types(file):
+    """Types of v4 and v5p count cores, two a chip; the others count chips."""
+    text = re.sub(r"\\\n#?", " ", (ROOT / file).read_text())
+    found = re.findall(r"--type=(\w+)-(\d+)(?: --slices=(\d+))?[^\n]*? -- (train [^\n]*)", text)
+    assert found
+    for kind, number, slices, command in found:
+        chips = int(number) // (2 if kind in ("v4", "v5p") else 1) * int(slices or 1)
+        config = load_config(re.search(r"--config=(\S+)", command)[1], re.findall(r"--config\.\S+", command))
+        plan_sizes(config, chips, "train")
 
 
 def test_dry_run_of_a_pod(repository, tools):

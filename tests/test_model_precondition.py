@@ -60,7 +60,7 @@ def test_clean_frames_are_returned_and_velocity_is_consistent():
     y = jnp.stack([z[:, :, i, i] for i in range(5)], 2)
     x, v, _ = linear_denoiser(z, LEVELS, covariance(TIMES, WAYPOINTS, _weights()))
     np.testing.assert_allclose(x[:, :, :2], y[:, :, :2], atol=2e-3)
-    # x̂ = y + σ v̂ must hold between the two estimates (method.md).
+    # x̂ = y + σ v̂ must hold between the two estimates.
     np.testing.assert_allclose(y + LEVELS[..., None, None, None] * v, x, atol=2e-3)
 
 

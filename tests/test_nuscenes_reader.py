@@ -153,18 +153,19 @@ def test_a_token_that_points_nowhere(tables, table, key, target):
         open_nuscenes(tables, "v1.0-sim")
 
 
-def test_scene_without_a_camera_or_calibration(tables):
+def test_scene_without_a_camera(tables):
     edit(tables, "sample_data", lambda rows: [r for r in rows if "__CAM_BACK__" not in r["filename"]])
     with pytest.raises(UserError, match="'scene-0001' has no record of CAM_BACK"):
         open_nuscenes(tables, "v1.0-sim")
 
+
+def test_camera_without_calibration(tables):
     def change(rows):
         for row in rows:
             row["camera_intrinsic"] = []
 
     edit(tables, "calibrated_sensor", change)
-    edit(tables, "sample_data", lambda rows: rows)
-    with pytest.raises(UserError, match="camera_intrinsic|CAM_BACK"):
+    with pytest.raises(UserError, match="camera_intrinsic"):
         open_nuscenes(tables, "v1.0-sim")
 
 

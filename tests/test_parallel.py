@@ -9,8 +9,10 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from mila_jax.config import load_config
 from mila_jax.errors import UserError
-from mila_jax.parallel.logical import AXES, constrain, rules_of, spec, use_rules
+from mila_jax.parallel.aot.sweep import changed, parse_sweep
+from mila_jax.parallel.logical import AXES, constrain, rules_from_config, rules_of, spec, use_rules
 from mila_jax.parallel.mesh import check_divides, make_mesh
 from mila_jax.parallel.placement import arrange
 from tests.tpu_compiler import ROOT, TPU_ENVIRONMENT
@@ -77,6 +79,19 @@ def test_divisibility_names_the_key(mode, sizes, key):
 def test_rules_that_cannot_work_name_the_key(mode, changes, key):
     with pytest.raises(UserError, match=key):
         rules_of(mode, changes)
+
+
+def test_rules_from_the_command_line():
+    changes = ["--config.mesh.rules.places=None", "--config.mesh.rules.embed=('data','fsdp')", "--config.mesh.rules.mlp=fsdp"]
+    rules = rules_from_config(load_config("configs/xl128.py", ["--config.train.steps=3", *changes]))
+    assert (rules["places"], rules["embed"], rules["mlp"]) == (None, ("data", "fsdp"), "fsdp")
+    with pytest.raises(UserError, match="mesh.rules.placse is no logical axis"):
+        rules_from_config(load_config("configs/tiny.py", ["--config.mesh.rules.placse=None"]))
+    with pytest.raises(UserError, match="is not --config.mesh.rules.NAME=VALUE"):
+        load_config("configs/tiny.py", ["--config.mesh.rules.places"])
+    assert [dict(c.mesh.rules) for c in (changed("configs/tiny.py", ["--config.mesh.rules.embed=tensor"], x) for x in parse_sweep("mesh.rules.embed=None,fsdp"))] == [
+        {"embed": None}, {"embed": "fsdp"}
+    ]  # fmt: skip
 
 
 def test_one_mesh_axis_splits_one_axis_of_an_array():

@@ -63,6 +63,8 @@ def test_mode_equals_one_device(results, mode):
     told = results["told"]
     np.testing.assert_allclose(told[mode]["loss"], told["one"]["loss"], rtol=1e-5)
     names = [k.removeprefix("one/") for k in results if k.startswith("one/")]
+    if "accumulate" in CASES[mode]:
+        names.remove("velocity")  # is of no parts
     assert len(names) > 60
     for name in names:
         expected, found = results[f"one/{name}"], results[f"{mode}/{name}"]
@@ -86,5 +88,6 @@ def test_modes_differ_as_they_are_meant_to(results):
 
 def test_accumulated_gradients_meet_once(results):
     """Parts of a batch one after the other, data parallel: one all-reduce for everything, outside of all loops, and nothing is gathered."""
+    assert results["told"]["accumulated_zero"]["collectives"]["all-gather"] > 0  # parameters that lie over `data`
     told = results["told"]["accumulated"]
     assert told["collectives"] == told["outside"] == {kind: int(kind == "all-reduce") for kind in told["outside"]}

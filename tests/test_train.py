@@ -171,7 +171,9 @@ def steps_on_meshes(config, tmp_path, meshes):
     c = with_dir(config, tmp_path / "run", epsilon=1e-4)
     c.data.image_size = tuple(c.data.image_size)
     (tmp_path / "config.json").write_text(c.to_json())
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    # Unoptimised machine code halves the time, and programs are kept between runs of the suite; what is split how is decided before.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
     run = subprocess.run(
         [sys.executable, "-c", SHARDED, str(tmp_path / "config.json"), json.dumps(meshes)], env=env, capture_output=True, text=True,
         cwd=pathlib.Path(__file__).parents[1], timeout=500,
@@ -190,8 +192,8 @@ ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 
 
 def test_meshes_give_the_same_step(config, tmp_path):
-    """Fully sharded, context and tensor parallelism on eight host devices against one device."""
-    steps_on_meshes(config, tmp_path, {"one": ONE, "fsdp": ONE | {"fsdp": 4}, "all": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}})
+    """Fully sharded, context and tensor parallelism together on eight host devices against one device."""
+    steps_on_meshes(config, tmp_path, {"one": ONE, "all": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}})
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """Conditions of a batch of windows (method.md, "Flexible condition embedding").
+    """Conditions of a batch of windows (the paper's "Flexible Condition Embedding").
 
     text            [b, l, text_width]  token embeddings of the scene description
     text_mask       [b, l] bool         True = a real token

@@ -1,7 +1,7 @@
 """The world model's backbone: Open-Sora 1.2's STDiT3 with joint multi-view spatial attention and MiLA's conditions.
 
 With one view and without the new embeddings it is exactly STDiT3 (hpcaitech/Open-Sora, branch opensora/v1.2,
-opensora/models/stdit/stdit3.py), whose published weights load (`mila_jax.model.stdit3_weights`). What MiLA adds (method.md):
+opensora/models/stdit/stdit3.py), whose published weights load (`mila_jax.model.stdit3_weights`). What MiLA adds (arXiv:2503.15875):
 noise levels per frame and view, spatial attention over the patches of all views (eq. (3)), and camera, waypoint and frame-time
 embeddings summed onto the patch embedding (eqs. (1), (2)), whose last layers start at zero, so that the first step of a warm
 start equals the base model.
@@ -140,7 +140,7 @@ class Pair(nnx.Module):
 
 
 class ConditionEmbeddings(nnx.Module):
-    """e_k = MLP_k(Fourier(k)) for camera, waypoint and frame time, summed (method.md eqs. (1), (2)); zero at the start."""
+    """e_k = MLP_k(Fourier(k)) for camera, waypoint and frame time, summed (the paper's eqs. (1), (2)); zero at the start."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         d, features = config.width, 2 * config.fourier_bands + 1

@@ -194,7 +194,7 @@ def rotate(x, tables):
 
 
 def fourier(x, longest: float, shortest: float, bands: int):
-    """Fourier features of each scalar of x [..., m] → [..., m·(2·bands+1)] (method.md eq. (1)).
+    """Fourier features of each scalar of x [..., m] → [..., m·(2·bands+1)] (the paper's eq. (1)).
 
     Periods fall geometrically from `longest` to `shortest`, in the unit of x; x / longest itself is kept beside them.
     """

@@ -22,6 +22,7 @@ from mila_jax.model.dit import DiTConfig
 from mila_jax.model.network import dit_config, make_velocity
 from mila_jax.model.precondition import Prior
 from mila_jax.model.stdit3_weights import create
+from mila_jax.model.weight_files import local_file
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "weights" / "mila_tiny.safetensors"
 
@@ -69,8 +70,8 @@ def save_model(path, params: nnx.State, config, data: dict, prior: Prior | None,
 
 
 def load_model(path) -> WorldModel:
-    """Reads a file of `save_model`. Raises `UserError` naming the file, or the tensor that is missing or misshapen."""
-    path = pathlib.Path(path)
+    """Reads a file of `save_model`, also from a bucket (gs://…). Raises `UserError` naming the file, or the tensor that is missing or misshapen."""
+    path = local_file(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; give the .safetensors file of a trained model (generate.weights)")
     try:

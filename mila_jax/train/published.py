@@ -10,15 +10,16 @@ from safetensors import SafetensorError, safe_open
 
 from mila_jax.errors import UserError
 from mila_jax.model import stdit3_weights
+from mila_jax.model.weight_files import local_file
 
 MARK = "x_embedder.proj.weight"
 
 
 def is_published(path) -> bool:
     """Whether the file holds a state dict of published names. Raises `UserError` if it cannot be read."""
-    path = pathlib.Path(path)
-    if path.suffix != ".safetensors":
-        return path.suffix in (".pt", ".pth", ".bin")
+    if pathlib.Path(path).suffix != ".safetensors":
+        return pathlib.Path(path).suffix in (".pt", ".pth", ".bin")
+    path = local_file(path)
     if not path.exists():
         return False  # whoever loads it says so
     try:
@@ -30,7 +31,7 @@ def is_published(path) -> bool:
 
 def read_state_dict(path) -> dict:
     """Name → array of a .safetensors, .pt or .pth file; nothing in it is executed."""
-    path = pathlib.Path(path)
+    path = local_file(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; set train.init_from to a file of published weights")
     if path.suffix == ".safetensors":

@@ -57,7 +57,7 @@ DATA_RATE = 12.0  # frames per second of the (re)fine stage; only its windows en
 
 
 def frame_roles(key, clip, objective: Objective):
-    """Which frames are clean and which is a noisy anchor: two bool arrays [b, t] (method.md, training stages).
+    """Which frames are clean and which is a noisy anchor: two bool arrays [b, t] (the paper's training stages).
 
     The first `clip["conditioning"]` frames are clean. At 12 Hz, a share `anchor_rate` of the samples ends in an anchor, of which
     `anchor_noisy` are to be corrected (JDC) and the rest are clean (divide and conquer).

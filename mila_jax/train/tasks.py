@@ -1,4 +1,4 @@
-"""The kinds of windows that a run trains on, from the config's `train` section (method.md, training stages)."""
+"""The kinds of windows that a run trains on, from the config's `train` section (the paper's training stages)."""
 
 from data_pipeline.clips import CONDITIONING_FPS, ClipSpec
 from mila_jax.errors import UserError

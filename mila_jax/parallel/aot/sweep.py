@@ -1,9 +1,8 @@
 """Many layouts: the cross product of a few settings, ranked, with one recommendation."""
 
-import ast
 import itertools
 
-from mila_jax.config import load_config
+from mila_jax.config import load_config, plain
 from mila_jax.errors import UserError
 from mila_jax.parallel.aot.chips import Topology
 from mila_jax.parallel.aot.layout import comfortable, plan_layout, skipped
@@ -41,14 +40,6 @@ def changed(file: str, overrides: list[str], changes: dict[str, str]):
     # A tuple given twice would be appended to itself, so what a layout changes replaces what the command line says.
     kept = [o for o in overrides if o.partition("=")[0].removeprefix("--config.") not in changes]
     return load_config(file, [*kept, *(f"--config.{key}={value}" for key, value in changes.items())])
-
-
-def plain(value: str):
-    """The value as Python would read it, else the text."""
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
 
 
 def plan_all(file: str, overrides: list[str], topologies: list[Topology], step: str, layouts: list[dict], *, report=None, **options) -> list[dict]:
