@@ -17,7 +17,7 @@ import tqdm
 
 from data_pipeline.clips import read_scene
 from data_pipeline.records import read_index, write_atomically
-from mila_jax.decode import WITHOUT_EFFECT, open_decoder
+from mila_jax.decode import deciding, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import resample
 from mila_jax.evaluate.efficientnet import FeatureExtractor
@@ -127,8 +127,7 @@ class Bench:
     def cell(self, variant: Variant, clip: tuple[str, float], alpha: float, a: float, sigma_a: float) -> dict:
         """features [t, 6, d] and statistics of the variant's video of a clip (scene, seconds), made or read."""
         config = self.settings(variant, alpha, a, sigma_a)
-        how = {k: v for k, v in config.generate.to_dict().items() if k != "weights" and k not in WITHOUT_EFFECT}
-        label = [self.model.sha256, dataclasses.asdict(variant), clip, how, json.loads(config.window.to_json())]
+        label = [self.model.sha256, dataclasses.asdict(variant), clip, deciding(config.generate), json.loads(config.window.to_json())]
         path = self.folder / (hashlib.sha256(json.dumps([*label, config.seed], sort_keys=True).encode()).hexdigest()[:20] + ".npz")
         return _kept(path, lambda: self._describe(self._video(variant, clip, config)))
 

@@ -71,9 +71,10 @@ def load_config(path="configs/tiny.py", overrides=()) -> ml_collections.ConfigDi
     for argument in overrides:
         if argument.startswith(RULE):
             name, sign, value = argument.removeprefix(RULE).partition("=")
-            if not sign:
+            if not sign or not name.isidentifier():
                 raise UserError(f"{argument} is not {RULE}NAME=VALUE")
-            config.mesh.rules[name] = plain(value)
+            with config.ignore_type():
+                config.mesh.rules[name] = plain(value)
     overrides = [argument for argument in overrides if not argument.startswith(RULE)]
     known = list(_keys(config))
     for argument in overrides:

@@ -7,8 +7,13 @@ import tqdm
 
 from mila_jax.errors import UserError
 
-WITHOUT_EFFECT = ("decode_frames", "decode_views")  # settings of `generate` that change no picture
 OVERLAP = 0.25  # share of a tile that it has in common with the next
+
+
+def deciding(generate) -> dict:
+    """The settings of the config's section `generate` that decide what pictures come out, as plain values: what kept results are named by."""
+    found = {k: v for k, v in generate.to_dict().items() if k not in ("weights", "decode_frames", "decode_views")}
+    return {k: v for k, v in found.items() if k != "decode_tile" or v}  # whole images are what results were named by before there were tiles
 
 
 @dataclasses.dataclass(frozen=True)

@@ -268,5 +268,5 @@ def window_settings(model: WorldModel, config):
             raise UserError(f"generate.{key}={g[key]:g} must be a number from 0 on; 1 is none")
     w.frames, w.conditioning = g.window or w.frames, g.conditioning or w.conditioning
     new = w.frames - w.conditioning
-    w.anchor_stride = g.anchor_stride or (w.anchor_stride if fits(w.anchor_stride, new) else new)
+    w.anchor_stride = g.anchor_stride or (w.anchor_stride if fits(w.anchor_stride, new, chunks_of(model.data)) else new)
     return config

@@ -17,7 +17,7 @@ import tqdm
 from data_pipeline.clips import read_scene
 from data_pipeline.presets import Clip, clip_list_hash, get_preset, list_clips, scenes_of_encoded
 from data_pipeline.records import read_index, write_atomically
-from mila_jax.decode import WITHOUT_EFFECT, open_decoder
+from mila_jax.decode import deciding, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import i3d, protocol
 from mila_jax.evaluate.efficientnet import SMALLEST
@@ -197,10 +197,8 @@ class PresetBench:
 
     def cell(self, clip: Clip, shown: pathlib.Path | None = None) -> Cell:
         """Features and measures of one clip; names: see `_describe`. shown: folder that its video is put into, too (`shown_video`)."""
-        g = self.config.generate
-        how = {k: v for k, v in g.to_dict().items() if k != "weights" and k not in WITHOUT_EFFECT}
         label = [
-            self.model.sha256, dataclasses.asdict(self.preset), dataclasses.asdict(clip), how, json.loads(self.config.window.to_json()), self.config.seed,
+            self.model.sha256, dataclasses.asdict(self.preset), dataclasses.asdict(clip), deciding(self.config.generate), json.loads(self.config.window.to_json()), self.config.seed,
             [(n.score, n.sha256, n.preprocessing, [dataclasses.asdict(span) for span in spans]) for n, spans in zip(self.networks, self.spans)],
             [(m.key, m.sha256, m.preprocessing, m.first, m.views) for m in self.measures], self.real.described, self.decoder.codec.sha256,
         ]  # fmt: skip

@@ -80,8 +80,8 @@ def test_scores_rank_and_halves_are_small():
 
 
 def test_halves_share_no_scene_and_no_picture():
-    assert protocol.halves(["a", "a", "b", "c", "c", "b"]) == ([0, 1, 3, 4], [2, 5])
-    assert protocol.halves(["a"] * 5) == ([0, 1], [2, 3, 4])
+    assert protocol.halves(["a", "a", "b", "c", "c", "b"]) == ([0, 1, 3, 4], [2, 5]) == protocol.halves([*"aabaab"])
+    assert protocol.halves(["a"] * 5) == ([0, 1], [2, 3, 4]) and protocol.halves([*"aaaaaaab"]) == ([0, 1, 2, 3], [4, 5, 6, 7])
     rng = np.random.default_rng(3)
     pictures = rng.normal(0, 1, (2, 20, 6))
     real = [pictures[scene][i : i + 10] for scene in (0, 1) for i in range(8)]  # clips of a scene overlap

@@ -89,6 +89,11 @@ def test_rules_from_the_command_line():
         rules_from_config(load_config("configs/tiny.py", ["--config.mesh.rules.placse=None"]))
     with pytest.raises(UserError, match="is not --config.mesh.rules.NAME=VALUE"):
         load_config("configs/tiny.py", ["--config.mesh.rules.places"])
+    with pytest.raises(UserError, match="is not --config.mesh.rules.NAME=VALUE"):
+        load_config("configs/tiny.py", ["--config.mesh.rules.a.b=1"])
+    with pytest.raises(UserError, match="mesh.rules.embed=1 must be a mesh axis"):
+        rules_from_config(load_config("configs/tiny.py", ["--config.mesh.rules.embed=1"]))
+    assert load_config("configs/tiny.py", ["--config.mesh.rules.embed=fsdp", "--config.mesh.rules.embed=('data','fsdp')"]).mesh.rules.embed == ("data", "fsdp")
     assert [dict(c.mesh.rules) for c in (changed("configs/tiny.py", ["--config.mesh.rules.embed=tensor"], x) for x in parse_sweep("mesh.rules.embed=None,fsdp"))] == [
         {"embed": None}, {"embed": "fsdp"}
     ]  # fmt: skip

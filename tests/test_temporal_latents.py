@@ -15,7 +15,7 @@ from mila_jax.chunks import CHUNKS, chunks_of
 from mila_jax.decode import VideoDecoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
-from mila_jax.flow.plan import plan_rollout
+from mila_jax.flow.plan import fits, plan_rollout
 from mila_jax.flow.rollout import KINDS, make_rows, new_frames
 from mila_jax.model.temporal_autoencoder import latent_count
 from mila_jax.config import load_config
@@ -239,6 +239,13 @@ def test_other_commands_say_that_they_cannot(trained, tmp_path, capsys):
         assert run(trained, *command) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and ("temporal" in error or "clips of mila-600" in error), error
+
+
+def test_coarse_latents_are_whole_chunks_apart():
+    with pytest.raises(UserError, match="generate.anchor_stride=2 must be a multiple of the 5 latents of a chunk"):
+        plan_rollout(90, window=15, conditioning=5, anchor_stride=2, chunks=CHUNK)
+    assert plan_rollout(90, window=35, conditioning=5, anchor_stride=10, chunks=CHUNK).anchors == 3
+    assert not fits(6, 30, CHUNK) and fits(10, 30, CHUNK) and fits(6, 30)
 
 
 def test_videos_of_temporal_latents_are_told(tmp_path):

@@ -111,7 +111,7 @@ def curves(videos: list[dict], recorded: list[dict], *, resamples: int = 200, se
         keep(frechet.NAME, np.stack([[one.distance(draw) for draw in counts] for one in against], 1))
         # What no drift would show: the same second of as many recorded videos, where there are as many, so that the pictures are as many, too.
         reference, together = frechet.Reference(pictures), min(len(videos), len(recorded))
-        turns = [[recorded[(first + i) % len(recorded)]["features"] for i in range(together)] for first in range(len(recorded))]
+        turns = [[recorded[(first + i) % len(recorded)]["features"] for i in range(together)] for first in range(0, len(recorded), together)]
         parts = [reference.distance(np.concatenate(second)) for features in turns for second in zip(*features)]
         out["recorded"][frechet.NAME] = float(np.mean(parts))
     return out

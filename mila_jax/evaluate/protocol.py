@@ -180,15 +180,16 @@ def _rows(parts: Sequence, numbers) -> tuple[np.ndarray, np.ndarray]:
 
 
 def halves(scenes: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Numbers of the clips of every other scene, and of the others; with one scene alone, of its earlier and its later clips.
+    """Numbers of the clips of some scenes, and of the others, about as many; where one scene has most of them, of the earlier and the later clips.
 
     scenes: of each clip. Clips of one scene overlap, so that halves which share scenes would hold the same pictures."""
-    order = list(dict.fromkeys(scenes))
-    if len(order) < 2:
+    sides = [], []
+    for scene in dict.fromkeys(scenes):  # each to the side that has fewer
+        sides[len(sides[0]) > len(sides[1])].extend(i for i, other in enumerate(scenes) if other == scene)
+    if 3 * min(map(len, sides)) < len(scenes):
         middle = len(scenes) // 2
         return list(range(middle)), list(range(middle, len(scenes)))
-    odd = set(order[1::2])
-    return [i for i, scene in enumerate(scenes) if scene not in odd], [i for i, scene in enumerate(scenes) if scene in odd]
+    return sides
 
 
 def chosen(parts: Sequence, numbers: Sequence[int]) -> Parts:

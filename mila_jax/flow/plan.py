@@ -158,7 +158,7 @@ def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: i
     given = conditioning if given is None else given
     _check(frames, fps, window, conditioning, anchor_stride, strategy, given)
     if chunks is not None:
-        _check_chunks(chunks, window, conditioning, given)
+        _check_chunks(chunks, window, conditioning, given, None if strategy == "recurrent" else anchor_stride)
         plain = plan_rollout(frames, fps=fps, window=window, conditioning=conditioning, anchor_stride=anchor_stride, strategy=strategy, given=given)
         named = {name: _in_chunks(getattr(plain, name), chunks, given - 1) for name in ("bootstrap", "coarse", "refine")}
         return dataclasses.replace(plain, **named)
@@ -171,7 +171,7 @@ def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: i
     if count == 0:
         return RolloutPlan(strategy, frames, fps, window, conditioning, anchor_stride, given, bootstrap, None, None)
     refine = _consecutive(start + step * np.arange(count), window, conditioning, fps)
-    coarse, every, stride = None, max(anchor_stride // step, 1), max(step // anchor_stride, 1)
+    coarse, every, stride = None, max(anchor_stride // step, 1), max(step // max(anchor_stride, 1), 1)
     if strategy != "recurrent" and count >= every:
         tail = window - 1
         refine = dataclasses.replace(refine, every=every, stride=stride)
@@ -206,19 +206,23 @@ def _in_chunks(windows: Windows | None, chunks: Chunks, before: int) -> Windows 
     return dataclasses.replace(windows, chunks=chunks, before=before, fps=chunks.rate(stride))
 
 
-def _check_chunks(chunks: Chunks, window: int, conditioning: int, given: int) -> None:
-    """Raises UserError unless every window begins with the first latent of a chunk, as in training."""
+def _check_chunks(chunks: Chunks, window: int, conditioning: int, given: int, anchor_stride: int | None) -> None:
+    """Raises UserError unless every window begins with the first latent of a chunk, and coarse ones have one of each, as in training."""
     check_window(chunks, window, conditioning)
     if conditioning % chunks.latents or given != 1 and given % chunks.latents:
         raise UserError(
             f"windows of latents in chunks of {chunks.latents} go on from whole chunks: generate.conditioning={conditioning} must be a multiple of it, "
             f"the number of given latents ({given}) too, or 1"
         )
+    if anchor_stride is not None and anchor_stride % chunks.latents:
+        raise UserError(f"generate.anchor_stride={anchor_stride} must be a multiple of the {chunks.latents} latents of a chunk")
 
 
-def fits(anchor_stride: int, new: int) -> bool:
-    """Whether windows of so many new frames can end in coarse frames so many frames apart: one is a multiple of the other."""
-    return anchor_stride > 0 and new > 0 and (anchor_stride % new == 0 or new % anchor_stride == 0)
+def fits(anchor_stride: int, new: int, chunks: Chunks | None = None) -> bool:
+    """Whether windows of so many new frames can end in coarse frames so many frames apart: one is a multiple of the other. With latents in
+    chunks, coarse ones are also whole chunks apart."""
+    whole = chunks is None or anchor_stride % chunks.latents == 0
+    return anchor_stride > 0 and new > 0 and whole and (anchor_stride % new == 0 or new % anchor_stride == 0)
 
 
 def _check(frames, fps, window, conditioning, anchor_stride, strategy, given) -> None:

@@ -68,6 +68,8 @@ def rules_of(mode: str = "context", changes=(), gather: str = "layer") -> dict:
     for name, axes in changes.items():
         if name not in RULES:
             raise UserError(f"mesh.rules.{name} is no logical axis; there are {', '.join(RULES)}")
+        if not (axes is None or isinstance(axes, (str, tuple, list))):
+            raise UserError(f"mesh.rules.{name}={axes!r} must be a mesh axis ({', '.join(AXES)}), a tuple of them, or None")
         wrong = [a for a in _as_tuple(axes) if a not in AXES]
         if wrong:
             raise UserError(f"mesh.rules.{name}={axes!r}: {wrong[0]!r} is no mesh axis; use {', '.join(AXES)}, a tuple of them, or None")

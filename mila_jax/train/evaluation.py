@@ -82,9 +82,12 @@ class Evaluation:
 
     def _open_codec(self) -> None:
         config, data = self.trainer.config, self.trainer.data
-        with jax.set_mesh(_own_mesh()):
-            self._codec = open_codec(config)
-            self._video = open_video_codec(config, self._codec)
+        try:
+            with jax.set_mesh(_own_mesh()):
+                self._codec = open_codec(config)
+                self._video = open_video_codec(config, self._codec)
+        except OSError as error:
+            raise UserError(f"the autoencoder cannot be read ({error}); set autoencoder.path to a file, or train.eval_picture=False") from None
         if (self._video and self._video.sha256) != data.get("temporal_sha256"):
             raise UserError(f"{config.data.dir} was made with another temporal autoencoder; set autoencoder.temporal to it, or train.eval_picture=False")
         if self._codec.sha256 != data.get("autoencoder_sha256"):

@@ -161,7 +161,7 @@ class _Run:
             return
         try:
             picture = evaluation.picture(state.ema)
-        except (UserError, OSError) as error:  # no reason to end a run; all processes have it
+        except UserError as error:  # no reason to end a run; all processes have it
             self.settings = self.settings.copy_and_resolve_references()
             self.settings.eval_picture = False
             print(f"no pictures: {error}", file=sys.stderr, flush=True)

@@ -156,4 +156,5 @@ def _collect(folder: pathlib.Path, returncode: int | None, full: bool, seconds: 
     if compiled:
         memory = compiled["memory"] | {"source": "peak_memory_in_bytes of the compiled program"}
         return Outcome((folder / "compiled.txt").read_text(), memory, None, seconds, arguments)
-    return Outcome(None, memory, failure_line(returncode or 0, (folder / "log").read_text(errors="replace")), seconds, arguments, passing=True)
+    line = failure_line(returncode or 0, (folder / "log").read_text(errors="replace"))
+    return Outcome(None, memory, line, seconds, arguments, passing=returncode != -signal.SIGABRT)  # the compiler's own checks abort
