@@ -20,9 +20,10 @@ short="--config.window.frames=8 --config.window.conditioning=2 --config.train.op
 $python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/base" --config.train.steps=4000 \
   $short --config.train.single_frame=0.1 --config.model.depth=4 --config.model.sweep=0 --config.train.context_rate=0 --config.window.tpd_strength=0.5
 
+data="$runs/encoded"
 stage() {  # number, weights to start from, further arguments
   local number="$1" from="$2"; shift 2
-  $python -m mila_jax train --config="configs/tiny.py:stage${number%[bcd]}" --config.data.dir="$runs/encoded" --config.train.dir="$runs/stage$number" \
+  $python -m mila_jax train --config="configs/tiny.py:stage${number%[bcde]}" --config.data.dir="$data" --config.train.dir="$runs/stage$number" \
     --config.train.init_from="$from" --config.train.learning_rate=8e-4 --config.train.single_frame=0.2 --config.train.checkpoint_every=100 "$@"
 }
 # Windows of 2 + 12 frames at 1 Hz are longer than the scenes, so stage 1 has two rates; the patch embedding is new where the sweep enters.
@@ -40,8 +41,16 @@ stage 3b "$runs/stage3/model.safetensors" $short --config.train.steps=1300 --con
 longer=(--config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" --config.train.fps_weights="(0.4,0.6)")
 stage 3c "$runs/stage3b/model.safetensors" "${longer[@]}" --config.train.steps=2480 --config.train.foreground_weight=2 --config.train.four_frames=0.6 \
   --config.seed=4
-# This file says that its windows start from two frames; the shipped one was made to say four, which is generate.conditioning=4 here.
 stage 3d "$runs/stage3c/model.safetensors" "${longer[@]}" --config.train.steps=2700 --config.train.four_frames=0.7 --config.train.single_frame=0.15 \
-  --config.seed=5 "$@"
+  --config.seed=5
+# Then the same on other scenes, many short ones: what is learned from the first hardly carries over any more.
+$python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes_more" --config.simulate.seed=100 \
+  --config.simulate.scenes=290 --config.simulate.seconds=5 --config.simulate.val_scenes=2
+$python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes_more" --config.data.dir="$runs/encoded_more" \
+  --config.autoencoder.path="$autoencoder"
+data="$runs/encoded_more"
+# This file says that its windows start from two frames; the shipped one was made to say four, which is generate.conditioning=4 here.
+stage 3e "$runs/stage3d/model.safetensors" "${longer[@]}" --config.train.steps=2700 --config.train.four_frames=0.7 --config.train.single_frame=0.15 \
+  --config.seed=7 "$@"
 echo "$autoencoder"
-echo "$runs/stage3d/model.safetensors"
+echo "$runs/stage3e/model.safetensors"
