@@ -7,7 +7,11 @@ import pytest
 from data_pipeline import records, storage
 from data_pipeline.clips import ClipSource, ClipSpec, read_scene
 from data_pipeline.loader import make_loader
+from mila_jax.config import load_config
 from mila_jax.errors import UserError
+from mila_jax.generate import find_weights
+from mila_jax.model.weights import SHIPPED, load_model
+from mila_jax.train.published import is_published
 from tests import nuscenes_stub as stub
 
 HOME = "gs://bucket/data"
@@ -132,3 +136,19 @@ def test_the_loader_reads_the_same_clips(root, encoded, bucket, tmp_path, monkey
     bucket.fs.rm_file("/bucket/data/train-00001.array_record")
     with pytest.raises(UserError, match="gs://bucket/data/train-00001.array_record is missing"):
         records.open_split(HOME, "train")
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "gs://bucket/run/", "gs://bucket/run/model.safetensors"])
+def test_weights_of_a_run_in_a_bucket(bucket, tmp_path, monkeypatch, address):
+    """`generate.weights` names the run or its file; `train.init_from` the file: fetched once, and again when another one lies there."""
+    monkeypatch.setenv("MILA_CACHE", str(tmp_path))
+    config = load_config("configs/tiny.py", [f"--config.generate.weights={address}"])
+    with pytest.raises(UserError, match="gs://bucket/run/model.safetensors does not exist"):
+        find_weights(config)
+    bucket.fs.pipe_file("/bucket/run/model.safetensors", SHIPPED.read_bytes())
+    found = find_weights(config)
+    assert found.read_bytes() == SHIPPED.read_bytes() and find_weights(config) == found
+    file = "gs://bucket/run/model.safetensors"
+    assert not is_published(file) and load_model(file).sha256 == load_model(SHIPPED).sha256
+    bucket.fs.pipe_file("/bucket/run/model.safetensors", b"another")
+    assert find_weights(config).read_bytes() == b"another"

@@ -5,6 +5,7 @@ Files in a bucket are fetched once into the cache. Nothing in any file is execut
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def local_file(path) -> Path:
     home = cache_folder() / "weights" / hashlib.sha256(f"{path} {state}".encode()).hexdigest()[:32]
     if not (home / name).exists():
         home.mkdir(parents=True, exist_ok=True)
-        partial = home / f"{name}.tmp"
+        partial = home / f"{name}.{os.getpid()}.tmp"  # other processes of this machine may fetch it, too
         with remote.open(name) as source, open(partial, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 24)
         partial.replace(home / name)
