@@ -75,6 +75,23 @@ def test_sigterm_saves_and_the_next_start_goes_on(make, undisturbed):
     assert [m["step"] for m in read_metrics(config.train.dir)] == list(range(1, STEPS + 1))
 
 
+def test_ctrl_c_saves_and_leaves(make):
+    config, file = make("interrupt", checkpoint_every=100)
+    code, err = finish(start(file, "HOOK=interrupt_at_five"))
+    assert code == 130 and "saved step 5" in err and "Traceback" not in err, err[-2000:]
+    assert Checkpoints(config.train.dir).steps() == [5]
+
+
+def test_minutes_end_a_run_that_goes_on_later(make):
+    """Time is up at the first log: saved and exported, with exit code 0; without a limit the same command finishes."""
+    config, file = make("minutes", checkpoint_every=100, minutes=1e-6)
+    code, err = finish(start(file))
+    assert code == 0, err[-2000:]
+    assert Checkpoints(config.train.dir).steps() == [1] and Trainer(config).model_path.exists()
+    code, err = finish(start(file, "minutes=0.0"))
+    assert code == 0 and Checkpoints(config.train.dir).latest() == STEPS, err[-2000:]
+
+
 def test_kill_loses_only_the_steps_since_the_last_save(make, undisturbed):
     config, file = make("kill")
     code, err = finish(start(file, "HOOK=kill_at_five"))

@@ -112,6 +112,11 @@ def terminate_at_five() -> None:
     _at_step_five(signal.SIGTERM)
 
 
+def interrupt_at_five() -> None:
+    """Ctrl-C comes while step 5 is prepared."""
+    _at_step_five(signal.SIGINT)
+
+
 def kill_at_five() -> None:
     """The process dies while step 5 is prepared."""
     _at_step_five(signal.SIGKILL)
@@ -131,7 +136,7 @@ def _at_step_five(number: int) -> None:
     Trainer.batches = hooked
 
 
-HOOKS = {f.__name__: f for f in (small_files, full_disk, broken_batches, slow, early_notice, own_disk, terminate_at_five, kill_at_five)}
+HOOKS = {f.__name__: f for f in (small_files, full_disk, broken_batches, slow, early_notice, own_disk, terminate_at_five, interrupt_at_five, kill_at_five)}
 
 
 def main() -> int:
