@@ -323,9 +323,8 @@ def protocol_row(bench: PresetBench, number: int, span: Span, view: str, cells, 
         frames=span.count, first=span.first, window=span.window,
     )  # fmt: skip
     fake, numbers = features.pop("fake"), distinct(clips)
-    real, *broken = (protocol.chosen(features[name], numbers) for name in ("real", *(n for n in features if n != "real")))
-    names = [name for name in features if name != "real"]
-    return protocol.score(real, fake, dict(zip(names, broken)), [clips[i].scene for i in numbers]) | {"card": card}
+    broken = {name: protocol.chosen(parts, numbers) for name, parts in features.items()}
+    return protocol.score(broken.pop("real"), fake, broken, [clips[i].scene for i in numbers]) | {"card": card}
 
 
 def distinct(clips) -> list[int]:
