@@ -151,7 +151,11 @@ def get_config() -> ConfigDict:
     c.generate.anchor_stride = 0  # 12 Hz frames from one coarse frame to the next, a multiple or a divisor of the new frames of a window
     c.generate.guidance_text = 1.0  # 1 = none
     c.generate.guidance_waypoints = 1.0
-    c.generate.guidance_batched = True  # one pass over a larger batch; False: one after the other, in less memory
+    # Autoguidance, `guidance_model` times as far from what a weaker model does: `guide` names its weights as `weights` does (none: the shipped guide
+    # for the shipped model, and no guidance for others); 1 = none, and no guide is read.
+    c.generate.guide = placeholder(str)
+    c.generate.guidance_model = 1.5
+    c.generate.guidance_batched = True  # with and without conditions in one pass over a larger batch; False: one after the other, in less memory
     c.generate.shift = 1.0  # timestep shift R: times t → R t / (1 + (R - 1) t); 0 = Open-Sora's R for the image size and window
     c.generate.temperature = 1.0  # scale of the noise that frames start from; below 1: calmer pictures, less variety
     c.generate.context_level = 0.0  # noise level of the frames that a window starts from; for models trained with train.context_rate

@@ -17,15 +17,15 @@ import tqdm
 
 from data_pipeline.clips import read_scene
 from data_pipeline.records import read_index, write_atomically
+from mila_jax.choose_model import load_chosen, signature
 from mila_jax.decode import deciding, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import resample
 from mila_jax.evaluate.efficientnet import FeatureExtractor
 from mila_jax.evaluate.frechet import NAME
 from mila_jax.evaluate.quality import temporal_flickering
-from mila_jax.generate import Generator, check_fits, find_weights, make_plan, window_settings
+from mila_jax.generate import Generator, check_fits, make_plan, window_settings
 from mila_jax.generate_command import writable_folder
-from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
 from mila_jax.scores import FEATURE_SIZE
 from mila_jax.start import from_scene
@@ -109,7 +109,7 @@ class Bench:
     """Makes and keeps the cells: features and statistics of one clip under one variant."""
 
     def __init__(self, config, folder: pathlib.Path, extractor):
-        self.model, self.config, self.folder, self.extractor = load_model(find_weights(config)), config, folder, extractor
+        self.model, self.config, self.folder, self.extractor = load_chosen(config), config, folder, extractor
         self.decoder = open_decoder(open_codec(config), config)
         check_fits(self.model, self.decoder.codec, config.data.dir)
         self._generators = {}
@@ -127,7 +127,7 @@ class Bench:
     def cell(self, variant: Variant, clip: tuple[str, float], alpha: float, a: float, sigma_a: float) -> dict:
         """features [t, 6, d] and statistics of the variant's video of a clip (scene, seconds), made or read."""
         config = self.settings(variant, alpha, a, sigma_a)
-        label = [self.model.sha256, dataclasses.asdict(variant), clip, deciding(config.generate), json.loads(config.window.to_json())]
+        label = [signature(self.model, config.generate), dataclasses.asdict(variant), clip, deciding(config.generate), json.loads(config.window.to_json())]
         path = self.folder / (hashlib.sha256(json.dumps([*label, config.seed], sort_keys=True).encode()).hexdigest()[:20] + ".npz")
         return _kept(path, lambda: self._describe(self._video(variant, clip, config)))
 
@@ -256,7 +256,7 @@ def ablate_command(config, out, *, clips: int = 8, long_seconds: float = 4.0, re
         f"{len({name for name, _ in tuning})} other scenes. {NAME} (lower is better; not FID, no FVD) of {PICTURES} instants a clip, 95 % bootstrap intervals over clips. "
         f"Conditioning frames that the model was trained with: {', '.join(map(str, given))}.",
     ]  # fmt: skip
-    record = {"settings": best, "tuned": tuned, "clips": testing, "tables": {}, "directions": []}
+    record = {"made_by": signature(bench.model, config.generate), "settings": best, "tuned": tuned, "clips": testing, "tables": {}, "directions": []}
     for title, rows in layout.items():
         numbers = ["consistency", "smoothness", "flicker"] if title.startswith("Table 6") else ["front", "multi"]
         head = [*HEADS[title[6]], "clips", *(f"{NAME} {n}" if n in ("front", "multi") else n for n in numbers)]

@@ -11,8 +11,9 @@ OVERLAP = 0.25  # share of a tile that it has in common with the next
 
 
 def deciding(generate) -> dict:
-    """The settings of the config's section `generate` that decide what pictures come out, as plain values: what kept results are named by."""
-    found = {k: v for k, v in generate.to_dict().items() if k not in ("weights", "decode_frames", "decode_views")}
+    """The settings of the config's section `generate` that decide what pictures come out, as plain values: what kept results are named by, with
+    `choose_model.signature`."""
+    found = {k: v for k, v in generate.to_dict().items() if k not in ("weights", "guide", "guidance_model", "decode_frames", "decode_views")}
     return {k: v for k, v in found.items() if k != "decode_tile" or v}  # whole images are what results were named by before there were tiles
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_pipeline.clips import read_scene
 from data_pipeline.records import read_index, write_atomically
+from mila_jax.choose_model import find_guide, find_weights, load_chosen, signature
 from mila_jax.config import load_config
 from mila_jax.errors import UserError
 from mila_jax.evaluate import drift
@@ -25,9 +26,8 @@ from mila_jax.evaluate.efficientnet import FeatureExtractor
 from mila_jax.evaluate.report import Report
 from mila_jax.decode import open_decoder
 from mila_jax.evaluate.video import contact_sheet, six_view_picture, write_six_views
-from mila_jax.generate import check_fits, find_weights, sampler_options, window_settings
+from mila_jax.generate import check_fits, sampler_options, window_settings
 from mila_jax.generate_command import generate_command
-from mila_jax.model.weights import load_model
 from mila_jax.parallel.mesh import axis_sizes
 from mila_jax.prepare import open_codec, prepare, simulate_from_config
 from mila_jax.scores import FEATURE_SIZE, agreement, compare, held_out_images, reconstruction
@@ -76,8 +76,12 @@ def demo(config, out, *, fresh: bool = False, train_first: bool = False, seconds
     out = pathlib.Path(out)
     frames = frame_count(seconds, least=4)
     config = config.copy_and_resolve_references()
-    if not train_first and not find_weights(config).exists():
-        raise UserError(f"{find_weights(config)} does not exist; set generate.weights, run with --train, or install again")
+    files = [] if train_first else [find_weights(config)]
+    if not train_first or config.generate.guide:
+        files.append(find_guide(config))
+    for file in files:
+        if file is not None and not file.exists():
+            raise UserError(f"{file} does not exist; set generate.weights and generate.guide, run with --train, or install again")
     _claim(out, fresh)
     config.simulate.seconds = max(config.simulate.seconds, seconds + MARGIN)
     if not train_first:
@@ -98,7 +102,7 @@ def demo(config, out, *, fresh: bool = False, train_first: bool = False, seconds
             if outcome.code:  # told to leave: saved, and no video of half a training
                 raise KeyboardInterrupt
         config.generate.weights = str(outcome.model)
-    model = load_model(find_weights(config))
+    model = load_chosen(config)
     config = window_settings(model, config)
     with clock.phase("generate", progress):
         start, scene, after = _generate(config, model, out / "video", seconds, frames, progress)
@@ -135,7 +139,7 @@ def _generate(config, model, folder, seconds, frames, progress):
     scene = read_scene(config.data.dir, name)
     start, after = from_scene(scene, START, config.window.conditioning)
     identity = {
-        "weights": model.sha256, "autoencoder": codec.sha256, "frames": frames, "seed": config.seed, "scene": name, "description": scene["description"],
+        "weights": signature(model, config.generate), "autoencoder": codec.sha256, "frames": frames, "seed": config.seed, "scene": name, "description": scene["description"],
         "first": float(np.abs(start.first_latents).sum()), "generate": config.generate.to_dict(), "window": config.window.to_dict(),
     }  # fmt: skip
     identity = json.loads(json.dumps(identity, default=str))
@@ -173,10 +177,11 @@ def _report(config, model, outcome, out, clock, start, scene, after, progress) -
     else:
         scenes = sum(s.split == "train" for s in read_index(config.data.dir).scenes)
         origin = f"Weights: trained for {outcome.step} steps on {scenes} scenes, from {config.train.init_from or 'random weights'}."
+    guidance = "" if model.guide is None else f", guided by a weaker model (scale {config.generate.guidance_model:g})"
     report.add_text(
         f"A six-view video of {generated.shape[1] / FRAME_RATE:.1f} s at 12 Hz, generated from {given.shape[0]} first frames, the waypoints and the "
         f"cameras of a held-out simulated scene ({scene['name']}: “{scene['description']}”). {origin} "
-        f"Strategy: {config.generate.strategy}, {config.generate.steps} steps a window."
+        f"Strategy: {config.generate.strategy}, {config.generate.steps} steps a window{guidance}."
     )
     report.add_video(video / "video.mp4", "Generated. Front row over back row, as the car sees them.")
     report.add_video(video / "recorded.mp4", "The simulated scene itself (through the autoencoder), for comparison.")

@@ -161,7 +161,7 @@ def _weights():
             yield Check(name, WARNING, f"not installed: {without}", f"run: pip install {install}")
         else:
             yield Check(name, OK, "installed")
-    for name in ("autoencoder_sim.safetensors", "mila_tiny.safetensors"):
+    for name in ("autoencoder_sim.safetensors", "mila_tiny.safetensors", "mila_tiny_guide.safetensors"):
         path = package / "weights" / name
         if path.exists():
             yield Check(f"weights/{name}", OK, f"{path.stat().st_size / 1e6:.1f} MB")

@@ -3,13 +3,11 @@
 import copy
 import dataclasses
 import math
-import pathlib
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from data_pipeline.storage import is_remote
 from mila_jax.chunks import Chunks, chunks_of
 from mila_jax.decode import decode_frames  # noqa: F401 (a part of this module's interface)
 from mila_jax.errors import UserError
@@ -17,10 +15,9 @@ from mila_jax.flow.plan import RolloutPlan, Windows, fits, plan_rollout
 from mila_jax.flow.rollout import Rollout, Rows, SamplerOptions, State, Tables, collect, make_rows, make_tables, pad_rows, start_state, unmerge
 from mila_jax.flow.timeshift import shift_ratio
 from mila_jax.model.conditions import Conditions
-from mila_jax.model.weight_files import local_file
-from mila_jax.model.weights import SHIPPED, WorldModel
+from mila_jax.model.weights import WorldModel
 from mila_jax.prepare import describe_data
-from mila_jax.rollout_program import Layout, Network, RolloutProgram, evaluations, generation_mesh, generation_rules
+from mila_jax.rollout_program import Layout, Network, Parameters, RolloutProgram, evaluations, generation_mesh, generation_rules
 from mila_jax.start import FRAME_RATE, Start
 from mila_jax.views import VIEWS
 
@@ -97,6 +94,11 @@ class Job:
         return len(self.rows.kind)
 
 
+def _network(model: WorldModel) -> Network:
+    """A model with its guide, but for their parameters."""
+    return Network(model.graphdef, model.dit, model.prior, None if model.guide is None else _network(model.guide))
+
+
 class Generator:
     """A model with its sampler, on the mesh of the config. One program serves all lengths, strategies, schedules and anchor settings; another
     number of steps, frames of a window, samples or windows a call, or other guidance, is another program.
@@ -109,10 +111,17 @@ class Generator:
         self.config, self.options = config, sampler_options(model, config)
         samples = evaluations(config.generate, videos)
         mesh = generation_mesh(config.mesh, samples, devices)
+        guide = model.guide if config.generate.get("guidance_model", 1.0) != 1 else None
         layout = Layout(mesh, generation_rules(config, model.dit, mesh, samples, config.window.frames, tokens_of_view(model)), videos)
-        shardings = layout.parameters(model.params)
-        self.model = dataclasses.replace(model, params=layout.put(model.params, shardings))
-        self._program = RolloutProgram(Network(model.graphdef, model.dit, model.prior), config.generate, layout, shardings)
+        if guide is not None:
+            generation_rules(config, guide.dit, mesh, samples, config.window.frames, tokens_of_view(guide), whose="the guide's ")
+        params = Parameters(model.params, None if guide is None else guide.params)
+        shardings = layout.parameters(params)
+        self.params = layout.put(params, shardings)
+        if guide is not None:
+            guide = dataclasses.replace(guide, params=self.params.guide)
+        self.model = dataclasses.replace(model, params=self.params.model, guide=guide)
+        self._program = RolloutProgram(_network(self.model), config.generate, layout, shardings)
 
     @property
     def layout(self) -> Layout:
@@ -121,8 +130,8 @@ class Generator:
 
     def with_config(self, config) -> "Generator":
         """The same model and programs with other settings, which must change neither guidance nor mesh."""
-        keys = ("guidance_text", "guidance_waypoints", "guidance_batched")
-        if any(config.generate[key] != self.config.generate[key] for key in keys) or config.mesh != self.config.mesh:
+        keys = ("guidance_text", "guidance_waypoints", "guidance_batched", "guidance_model")
+        if any(config.generate.get(key) != self.config.generate.get(key) for key in keys) or config.mesh != self.config.mesh:
             raise ValueError("other guidance, or another mesh, is another program: make a new Generator")
         other = copy.copy(self)
         other.config, other.options = config, sampler_options(self.model, config)
@@ -150,7 +159,7 @@ class Generator:
     def arguments(self, job: Job, first: int, count: int, capacity: int, state: State):
         """Arguments of the program for `count` windows from number `first` on, with room for `capacity`."""
         rows = pad_rows(jax.tree.map(lambda leaf: leaf[first : first + count], job.rows), capacity)
-        return self.model.params, state, rows, job.tables, job.shared, job.key, np.int32(count)
+        return self.params, state, rows, job.tables, job.shared, job.key, np.int32(count)
 
     def lower(self, job: Job, windows: int | None = None):
         """The program that makes the first `windows` windows (None: all) in one call, lowered: for its compile time and memory."""
@@ -206,17 +215,6 @@ def check_first_frames(start: list[Start], shape) -> None:
             raise UserError(f"first_latents of {found} (views, rows, columns, channels) do not fit the model's {shape}; give first frames of its size")
 
 
-def find_weights(config) -> pathlib.Path:
-    """The weights file of `generate.weights`: a file, a training folder, either also in a bucket (gs://…), or (unset) the shipped one."""
-    weights = config.generate.weights or SHIPPED
-    if is_remote(weights):
-        return local_file(weights if str(weights).endswith(".safetensors") else f"{str(weights).rstrip('/')}/model.safetensors")
-    path = pathlib.Path(weights)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    return path
-
-
 def check_fits(model: WorldModel, codec, data_dir=None, video=None) -> None:
     """Raises `UserError` if the autoencoder (`video`: the temporal one, or None), or the encoded data set in `data_dir`, is not of the kind that
     the model was trained on."""
@@ -263,8 +261,8 @@ def window_settings(model: WorldModel, config):
             raise UserError(f"generate.{key}={g[key]} must be positive, or 0 for what the model was trained with")
     if g.windows_per_call < 1:
         raise UserError(f"generate.windows_per_call={g.windows_per_call} must be at least 1")
-    for key in ("guidance_text", "guidance_waypoints"):
-        if not 0 <= g[key] < math.inf:
+    for key in ("guidance_text", "guidance_waypoints", "guidance_model"):
+        if not 0 <= g.get(key, 1.0) < math.inf:
             raise UserError(f"generate.{key}={g[key]:g} must be a number from 0 on; 1 is none")
     w.frames, w.conditioning = g.window or w.frames, g.conditioning or w.conditioning
     new = w.frames - w.conditioning

@@ -12,14 +12,14 @@ import zipfile
 import numpy as np
 import tqdm
 
+from mila_jax.choose_model import load_chosen, signature
 from mila_jax.chunks import chunks_of
 from mila_jax.decode import Decoder, VideoDecoder, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import atomic_path, six_view_picture, view_writer
 from mila_jax.explain import describe, draw_picture
 from mila_jax.flow.rollout import KINDS, Rollout, collect, new_frames
-from mila_jax.generate import Generator, Job, check_fits, find_weights, window_settings
-from mila_jax.model.weights import load_model
+from mila_jax.generate import Generator, Job, check_fits, window_settings
 from mila_jax.prepare import open_codec, open_video_codec
 from mila_jax.start import FRAME_RATE, Start, check_seed, choose_trajectory, frame_count, from_images, from_scene, read_frames
 from mila_jax.unfinished import Unfinished, is_finished
@@ -35,7 +35,7 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     length = frame_count(options.seconds)
     check_seed(options.seed)
     out = writable_folder(options.out)
-    model = load_model(find_weights(config))
+    model = load_chosen(config)
     config = window_settings(model, config)
     codec = open_codec(config)
     video = open_video_codec(config, codec)
@@ -113,7 +113,7 @@ class Making:
         """How it was made, as plain values."""
         plan, generator = self.job.plan, self.generator
         return {
-            "frames": self.length, "latents": plan.frames, "strategy": plan.strategy, "weights_sha256": generator.model.sha256, "steps": generator.options.steps,
+            "frames": self.length, "latents": plan.frames, "strategy": plan.strategy, "weights_sha256": generator.model.sha256, "made_by": signature(generator.model, generator.config.generate), "steps": generator.options.steps,
             "generate_seconds": round(time.monotonic() - self.began, 1), "windows": self.job.windows, "windows_resumed": self.resumed,
             "anchors": plan.anchors, "sampler": dataclasses.asdict(generator.options), "window": plan.window, "conditioning": plan.conditioning,
             "anchor_stride": plan.anchor_stride, "anchor_frames": plan.anchor_frames.tolist(), "mesh": dict(generator.layout.mesh.shape),
@@ -235,7 +235,7 @@ def identity(generator: Generator, job: Job, codec, start, seed: int) -> dict:
     """Everything that decides the windows of a video, as plain values."""
     plan, g = job.plan, generator.config.generate
     return {
-        "weights": generator.model.sha256, "autoencoder": [codec.sha256, generator.model.data.get("temporal_sha256")], "seed": seed, "frames": plan.frames, "start": start.digests(),
+        "weights": signature(generator.model, g), "autoencoder": [codec.sha256, generator.model.data.get("temporal_sha256")], "seed": seed, "frames": plan.frames, "start": start.digests(),
         "generate": {"strategy": plan.strategy, "guidance_text": g.guidance_text, "guidance_waypoints": g.guidance_waypoints},
         "window": {"frames": plan.window, "conditioning": plan.conditioning, "anchor_stride": plan.anchor_stride, "given": plan.given},
         "sampler": dataclasses.asdict(generator.options),

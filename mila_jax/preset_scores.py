@@ -17,6 +17,7 @@ import tqdm
 from data_pipeline.clips import read_scene
 from data_pipeline.presets import Clip, clip_list_hash, get_preset, list_clips, scenes_of_encoded
 from data_pipeline.records import read_index, write_atomically
+from mila_jax.choose_model import load_chosen, signature
 from mila_jax.decode import deciding, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import i3d, protocol
@@ -24,9 +25,8 @@ from mila_jax.evaluate.efficientnet import SMALLEST
 from mila_jax.evaluate.networks import Network, open_network
 from mila_jax.evaluate.video import write_six_views
 from mila_jax.geometry import relative_waypoints
-from mila_jax.generate import Generator, check_fits, find_weights, window_settings
+from mila_jax.generate import Generator, check_fits, window_settings
 from mila_jax.generate_command import writable_folder
-from mila_jax.model.weights import load_model
 from mila_jax.prepare import open_codec
 from mila_jax.preset_measures import FRONT, ClipVideo, Measure, open_measures
 from mila_jax.preset_report import write_report
@@ -152,7 +152,7 @@ class PresetBench:
         self.preset, self.networks, self.folder, self.measures = preset, networks, folder, measures
         self.spans = [spans_of(preset, network, windows) for network in networks]
         self.views = list(range(len(VIEWS))) if preset.views == "six" else [FRONT]
-        self.model = load_model(find_weights(config))
+        self.model = load_chosen(config)
         self.config = window_settings(self.model, config)
         codec = open_codec(config)
         check_fits(self.model, codec, config.data.dir)
@@ -198,7 +198,7 @@ class PresetBench:
     def cell(self, clip: Clip, shown: pathlib.Path | None = None) -> Cell:
         """Features and measures of one clip; names: see `_describe`. shown: folder that its video is put into, too (`shown_video`)."""
         label = [
-            self.model.sha256, dataclasses.asdict(self.preset), dataclasses.asdict(clip), deciding(self.config.generate), json.loads(self.config.window.to_json()), self.config.seed,
+            signature(self.model, self.config.generate), dataclasses.asdict(self.preset), dataclasses.asdict(clip), deciding(self.config.generate), json.loads(self.config.window.to_json()), self.config.seed,
             [(n.score, n.sha256, n.preprocessing, [dataclasses.asdict(span) for span in spans]) for n, spans in zip(self.networks, self.spans)],
             [(m.key, m.sha256, m.preprocessing, m.first, m.views) for m in self.measures], self.real.described, self.decoder.codec.sha256,
         ]  # fmt: skip
@@ -290,7 +290,7 @@ def preset_command(
     ]  # fmt: skip
     others = [row for measure in measures for view in views if view in measure.views for row in measure_rows(bench, measure, view, cells, clips)]
     record = {
-        "preset": name, "rule": preset.rule, "weights_sha256": bench.model.sha256, "dropped": dropped, "scores": rows, "measures": others,
+        "preset": name, "rule": preset.rule, "weights_sha256": bench.model.sha256, "made_by": signature(bench.model, bench.config.generate), "dropped": dropped, "scores": rows, "measures": others,
         "left_out": left_out,
     }  # fmt: skip
     write_atomically(out / "scores.json", json.dumps(record, indent=1).encode())

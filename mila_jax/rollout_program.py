@@ -7,14 +7,16 @@ within a window over `mesh.context` as `attention.parallel` says. What it makes 
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from mila_jax.errors import UserError
-from mila_jax.flow.guidance import guidance_weights, guided
+from mila_jax.flow.guidance import autoguided, guidance_weights, guided
 from mila_jax.flow.rollout import State, advance, after_window
 from mila_jax.model import conditions as conditions_module
 from mila_jax.model.dit import DiTConfig
@@ -25,11 +27,39 @@ from mila_jax.parallel.logical import constrain, mesh_axes, rules_from_config, s
 from mila_jax.parallel.mesh import axis_sizes, check_divides, make_mesh, parameter_shardings, replicated
 
 
-def generation_velocity(graphdef, params, dit, prior, generate):
-    """The velocity that windows are denoised with: the network, guided as the config's `generate` section says."""
-    velocity = make_velocity(graphdef, params, dit, prior)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """What the program knows of a model before it has its parameters. guide: a weaker one for autoguidance, or None."""
+
+    graphdef: object
+    dit: DiTConfig
+    prior: Prior | None
+    guide: "Network | None" = None
+
+    def velocity(self, params):
+        """The network's velocity with these parameters."""
+        return make_velocity(self.graphdef, params, self.dit, self.prior)
+
+
+class Parameters(NamedTuple):
+    """What the program computes with; guide: the weaker model's, or None."""
+
+    model: nnx.State
+    guide: nnx.State | None = None
+
+
+def generation_velocity(network: Network, params: Parameters, generate, split: bool = True):
+    """The velocity that windows are denoised with: the network, guided as the config's `generate` section says.
+
+    split: whether the axis of videos is split over the mesh. Batched guidance passes may be where videos are not; the guide sees videos only.
+    """
+    velocity = network.velocity(params.model)
     drops = (conditions_module.drop_text, conditions_module.drop_waypoints)
-    return guided(velocity, drops, (generate.guidance_text, generate.guidance_waypoints), batched=generate.guidance_batched)
+    velocity = guided(velocity, drops, (generate.guidance_text, generate.guidance_waypoints), batched=generate.guidance_batched)
+    if network.guide is None:
+        return velocity
+    guide = network.guide.velocity(params.guide)
+    return autoguided(velocity, guide if split else with_rules({"batch": None}, guide), generate.guidance_model)
 
 
 def evaluations(generate, videos: int) -> int:
@@ -57,10 +87,11 @@ def generation_mesh(sizes, samples: int, devices=None) -> Mesh:
     return make_mesh(sizes, devices)
 
 
-def generation_rules(config, dit: DiTConfig, mesh: Mesh, samples: int, frames: int, tokens: int) -> dict:
+def generation_rules(config, dit: DiTConfig, mesh: Mesh, samples: int, frames: int, tokens: int, whose: str = "") -> dict:
     """Logical rules of generation: those of the config, with the batch over as many axes as the samples can be split over.
 
-    frames: of a window; tokens: patches of a view. Raises `UserError` naming the key of a size that a mesh axis does not divide.
+    frames: of a window; tokens: patches of a view; whose: of another model than the config's, for messages. Raises `UserError` naming the key of a
+    size that a mesh axis does not divide.
     """
     config = config.copy_and_resolve_references()
     if "attention" in config:
@@ -71,17 +102,8 @@ def generation_rules(config, dit: DiTConfig, mesh: Mesh, samples: int, frames: i
     axes = rules["batch"] if isinstance(rules["batch"], tuple) else (rules["batch"],)
     rules |= {"batch": tuple(axis for axis in axes if axis is not None and (split or axis != "fsdp"))}
     with use_rules(**rules):
-        check_divides(mesh, samples, dit.heads, dit.width, frames, tokens)
+        check_divides(mesh, samples, dit.heads, dit.width, frames, tokens, whose)
     return rules
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Network:
-    """What the program knows of a model before it has its parameters."""
-
-    graphdef: object
-    dit: DiTConfig
-    prior: Prior | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,9 +147,9 @@ class Layout:
         return State(frames, frames, anchors)
 
     def parameters(self, params):
-        """Of the network's parameters, as in training."""
+        """Of `Parameters`, as in training."""
         with use_rules(**self.rules):
-            return parameter_shardings(self.mesh, params)
+            return Parameters(*(None if part is None else parameter_shardings(self.mesh, part) for part in params))
 
     def put(self, tree, shardings):
         """Host arrays (the same in every process) → arrays on the mesh. Arrays that lie right already are not copied."""
@@ -142,7 +164,7 @@ class Layout:
 
 
 def _advance(params, state, rows, tables, shared, key, count, *, network: Network, generate, batch: str | None):
-    velocity = generation_velocity(network.graphdef, params, network.dit, network.prior, generate)
+    velocity = generation_velocity(network, params, generate, batch is not None)
 
     def windowed(latents, levels, window):
         # Stated here, since what a window starts from (noise, known frames) and the sum of guided velocities have no sharding of their own.

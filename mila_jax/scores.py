@@ -8,12 +8,12 @@ import numpy as np
 
 from data_pipeline.clips import read_scene
 from data_pipeline.records import read_index
+from mila_jax.choose_model import load_chosen, signature
 from mila_jax.errors import UserError
 from mila_jax.evaluate import consistency, efficientnet, frechet, quality
 from mila_jax.evaluate.lpips import Lpips
 from mila_jax.evaluate.video import atomic_path
-from mila_jax.generate import Generator, check_fits, decode_frames, find_weights, window_settings
-from mila_jax.model.weights import load_model
+from mila_jax.generate import Generator, check_fits, decode_frames, window_settings
 from mila_jax.prepare import open_codec
 from mila_jax.start import frame_count, from_scene
 from mila_jax.views import view_index
@@ -92,7 +92,7 @@ def evaluate_command(config, *, clips: int, seconds: float, out, lpips: bool = F
         check_file(out)
     perceptual = Lpips() if lpips else None
     frames = frame_count(seconds, least=4)  # the distance between odd and even frames needs two of each
-    model = load_model(find_weights(config))
+    model = load_chosen(config)
     config = window_settings(model, config)
     codec = open_codec(config)
     check_fits(model, codec, config.data.dir)
@@ -114,7 +114,7 @@ def evaluate_command(config, *, clips: int, seconds: float, out, lpips: bool = F
         real.append(np.stack(list(decode_frames(codec, scene["latents"][after[:frames]].swapaxes(0, 1)))))
         agreements.append(agreement({"generated": generated[-1], "real": real[-1]}, start))
     rows = compare(np.concatenate(generated), np.concatenate(real), progress=progress)
-    scores = {"clips": clips, "seconds": seconds, "weights_sha256": model.sha256, "distances": rows}
+    scores = {"clips": clips, "seconds": seconds, "weights_sha256": model.sha256, "made_by": signature(model, config.generate), "distances": rows}
     scores["real_frames"] = "decoded from their latents, so the autoencoder's loss is not counted"
     for key in ("correlation", "wrong_pairing_correlation"):
         scores[f"view_agreement_{key}"] = {a["video"]: float(np.mean([t[i][key] for t in agreements])) for i, a in enumerate(agreements[0])}

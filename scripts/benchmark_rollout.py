@@ -49,14 +49,14 @@ def compiled(options) -> dict:
     import numpy as np
 
     from mila_jax import runtime
-    from mila_jax.generate import Generator, find_weights, window_settings
-    from mila_jax.model.weights import load_model
+    from mila_jax.choose_model import load_chosen
+    from mila_jax.generate import Generator, window_settings
     from mila_jax.start import FRAME_RATE, Start
     from mila_jax.trajectory import manoeuvre
 
     runtime.setup()
     config = settings(options)
-    model = load_model(find_weights(config))
+    model = load_chosen(config)
     config = window_settings(model, config)
     seconds = options.seconds[0]
     text = np.zeros(model.data["text_shape"], np.float32)

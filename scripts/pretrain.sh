@@ -49,8 +49,12 @@ $python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes_more
 $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes_more" --config.data.dir="$runs/encoded_more" \
   --config.autoencoder.path="$autoencoder"
 data="$runs/encoded_more"
+# The guide, a weaker network that generation keeps away from: two pairs, from random weights.
+$python -m mila_jax train --config=configs/tiny.py --config.data.dir="$data" --config.train.dir="$runs/guide" "${longer[@]}" --config.model.depth=2 \
+  --config.train.warmup=100 --config.train.steps=1500 --config.train.four_frames=0.7 --config.train.single_frame=0.15 --config.seed=3
 # This file says that its windows start from two frames; the shipped one was made to say four, which is generate.conditioning=4 here.
 stage 3e "$runs/stage3d/model.safetensors" "${longer[@]}" --config.train.steps=2700 --config.train.four_frames=0.7 --config.train.single_frame=0.15 \
   --config.seed=7 "$@"
 echo "$autoencoder"
 echo "$runs/stage3e/model.safetensors"
+echo "$runs/guide/model.safetensors"

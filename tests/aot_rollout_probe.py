@@ -18,7 +18,7 @@ from mila_jax.generate import make_plan, shared_conditions, stage_conditions
 from mila_jax.flow.rollout import SamplerOptions
 from mila_jax.model.weights import model_config
 from mila_jax.parallel.aot.sizes import data_description
-from mila_jax.rollout_program import Layout, Network, RolloutProgram, evaluations, generation_mesh, generation_rules
+from mila_jax.rollout_program import Layout, Network, Parameters, RolloutProgram, evaluations, generation_mesh, generation_rules
 from mila_jax.start import FRAME_RATE, Start
 from mila_jax.train.state import abstract_model
 from mila_jax.trajectory import manoeuvre
@@ -30,6 +30,7 @@ def compile_rollout(config, devices, seconds: float) -> dict:
     data, samples = data_description(config), evaluations(config.generate, 1)
     dit = model_config(config, data)
     graphdef, params = abstract_model(dit)
+    params = Parameters(params)
     mesh = generation_mesh(config.mesh, samples, devices)
     rows, columns, _ = data["latent_shape"]
     layout = Layout(mesh, generation_rules(config, dit, mesh, samples, config.window.frames, rows * columns // 4), 1)

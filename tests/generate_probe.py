@@ -4,6 +4,7 @@
 model is small, with the motion prior, and all its parameters are random. Saves latents, and what streaming and resuming give.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -35,15 +36,22 @@ def make_config() -> ml_collections.ConfigDict:
     return config
 
 
-def make_model(config) -> WorldModel:
+def make_model(config, seed: int = 1) -> WorldModel:
     """A model of random parameters (also those that start at zero) and a plausible prior."""
     dit = model_config(config, DATA)
     graphdef, shapes = abstract_model(dit)
-    r = np.random.default_rng(1)
+    r = np.random.default_rng(seed)
     params = jax.tree.map(lambda x: (0.1 * r.normal(size=x.shape)).astype(np.float32), shapes)
     channels = DATA["latent_shape"][-1]
     prior = Prior(np.eye(channels, dtype=np.float32), np.full((len(VIEWS), channels, len(SCALES)), 1 / len(SCALES), np.float32))
     return WorldModel(config, dit, graphdef, params, prior, DATA, {}, "")
+
+
+def with_smaller_guide(model: WorldModel) -> WorldModel:
+    """The model with a guide of other sizes."""
+    config = make_config()
+    config.model.update(width=16, depth=1, heads=2)
+    return dataclasses.replace(model, guide=make_model(config, seed=5))
 
 
 def make_starts(count: int) -> list[Start]:
@@ -72,7 +80,10 @@ def main() -> None:
         config.attention.parallel = case["mode"]
         count = abs(int(np.prod(list(case["mesh"].values()))))
         devices = jax.devices()[:count] if -1 not in case["mesh"].values() else None
-        generator = Generator(make_model(config), config, videos=case["videos"], devices=devices)
+        model = make_model(config)
+        if case.get("guide"):
+            model = with_smaller_guide(model)
+        generator = Generator(model, config, videos=case["videos"], devices=devices)
         starts = make_starts(case["videos"])
         video, _ = generator(starts, FRAMES, seed=3)
         job = generator.job(starts, FRAMES, seed=3)

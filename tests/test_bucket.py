@@ -7,9 +7,9 @@ import pytest
 from data_pipeline import records, storage
 from data_pipeline.clips import ClipSource, ClipSpec, read_scene
 from data_pipeline.loader import make_loader
+from mila_jax.choose_model import find_weights
 from mila_jax.config import load_config
 from mila_jax.errors import UserError
-from mila_jax.generate import find_weights
 from mila_jax.model.weights import SHIPPED, load_model
 from mila_jax.train.published import is_published
 from tests import nuscenes_stub as stub

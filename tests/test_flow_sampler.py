@@ -10,7 +10,7 @@ import pytest
 from tests.flow_oracles import QUICK, gaussian_velocity
 from mila_jax.errors import UserError
 from mila_jax.flow import masks
-from mila_jax.flow.guidance import guidance_weights, guided
+from mila_jax.flow.guidance import autoguided, guidance_weights, guided
 from mila_jax.flow.rectified_flow import align
 from mila_jax.flow.sampler import edit_rows, noise_like, sample_edit, sample_window
 from mila_jax.flow.schedules import FAMILIES, window_schedule
@@ -115,6 +115,17 @@ def test_guidance_of_one_is_the_network_itself():
     assert sum(guidance_weights([7.0, 2.5])) == pytest.approx(1)
     with pytest.raises(UserError, match="one scale per condition"):
         guided(velocity, DROPS, [2.0])
+
+
+def test_a_scale_of_one_leaves_the_guide_out():
+    velocity, calls = _condition_velocity([]), []
+    guide = _condition_velocity(calls)
+    assert autoguided(velocity, guide, 1) is velocity
+    x, conditions = _start(3), {"text": jnp.array([1.0, 2.0]), "waypoints": jnp.array([0.5, 0.25])}
+    levels = jnp.full(SHAPE[:3], 0.5)
+    np.testing.assert_allclose(autoguided(velocity, guide, 0)(x, levels, conditions), guide(x, levels, conditions), atol=1e-6)
+    twice = autoguided(lambda *a: 3 * velocity(*a), guide, 2)(x, levels, conditions)
+    np.testing.assert_allclose(twice, 5 * velocity(x, levels, conditions), rtol=1e-5, atol=1e-5)
 
 
 def test_editing_all_or_nothing_is_plain_sampling():

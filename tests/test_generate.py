@@ -18,13 +18,15 @@ from data_pipeline.clips import read_scene
 from data_pipeline.nuscenes.reader import open_nuscenes
 from data_pipeline.records import read_index
 from mila_jax import cli, generate, rollout_program
+from mila_jax.choose_model import find_guide, load_chosen, signature, with_guide
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
 from mila_jax.flow.rollout import collect
+from mila_jax.generate_command import read_generated
 from mila_jax.model.autoencoder_weights import Codec
-from mila_jax.model.weights import load_model
+from mila_jax.model.weights import SHIPPED, SHIPPED_GUIDE, load_model, save_model
 from mila_jax.prepare import open_codec
-from mila_jax.rollout_program import RolloutProgram
+from mila_jax.rollout_program import Network, Parameters, RolloutProgram
 from mila_jax.start import from_scene
 from mila_jax.train.loop import train
 from mila_jax.unfinished import Unfinished
@@ -176,9 +178,68 @@ def test_each_scale_is_of_its_condition(monkeypatch, batched):
     known = lambda x, levels, given: x + (1.0 * ~given.drop_text + 10.0 * ~given.drop_waypoints)[:, None]  # noqa: E731
     monkeypatch.setattr(rollout_program, "make_velocity", lambda *_: known)
     settings = ConfigDict(dict(guidance_text=2.0, guidance_waypoints=3.0, guidance_batched=batched))
-    velocity = rollout_program.generation_velocity(None, None, None, None, settings)
+    velocity = rollout_program.generation_velocity(Network(None, None, None), Parameters(None), settings)
     nothing = jnp.zeros(2, bool)
     np.testing.assert_allclose(velocity(jnp.zeros((2, 1)), jnp.zeros((2, 1)), Dropped(nothing, nothing)), 3 * (10 - 0) + 2 * (11 - 10))
+
+
+def test_a_guide_is_kept_away_from_after_the_other_guidance(monkeypatch):
+    """Text guidance makes 2 (1 - 0) of the model's velocity; the guide's is 0.5, with the text."""
+    known = lambda _, params, *__: lambda x, levels, given: x + (params * ~given.drop_text)[:, None]  # noqa: E731
+    monkeypatch.setattr(rollout_program, "make_velocity", known)
+    settings = ConfigDict(dict(guidance_text=2.0, guidance_waypoints=1.0, guidance_batched=True, guidance_model=1.5))
+    network = Network(None, None, None, Network(None, None, None))
+    given = jnp.zeros((2, 1)), jnp.zeros((2, 1)), Dropped(jnp.zeros(2, bool), jnp.zeros(2, bool))
+    velocity = rollout_program.generation_velocity(network, Parameters(1.0, 0.5), settings)
+    np.testing.assert_allclose(velocity(*given), 0.5 + 1.5 * (2.0 - 0.5))
+    settings.guidance_model = 1.0
+    np.testing.assert_allclose(rollout_program.generation_velocity(network, Parameters(1.0, 0.5), settings)(*given), 2.0)
+
+
+def test_a_model_that_guides_itself_changes_nothing(trained):
+    config, name = trained
+    start, _ = from_scene(read_scene(config.data.dir, name), 1.0, 2)
+    model = load_model(config.generate.weights)
+    config = config.copy_and_resolve_references()
+    config.generate.strategy = "recurrent"
+    videos = [generate.Generator(m, config)([start], 6)[0].latents for m in (model, with_guide(model, model, "itself"))]
+    np.testing.assert_allclose(*videos, atol=2e-4)
+
+
+def test_the_command_takes_the_guide(trained, tmp_path, capsys):
+    """The guide has weights of its own; the video of another scale is another one, and says so."""
+    config, name = trained
+    theirs = load_model(config.generate.weights)
+    doubled = jax.tree.map(lambda x: 2 * x, theirs.params)
+    save_model(tmp_path / "guide.safetensors", doubled, theirs.config, theirs.data, theirs.prior, {})
+    arguments = ["generate", f"--data={config.data.dir}", f"--scene={name}", "--seconds=0.5", "--config.generate.strategy=recurrent"]
+    guided = [*arguments, f"--config.generate.guide={tmp_path}/guide.safetensors"]
+    assert run(config, *arguments, f"--out={tmp_path}/plain") == 0 and run(config, *guided, f"--out={tmp_path}/guided") == 0
+    plain, video = (read_generated(tmp_path / folder) for folder in ("plain", "guided"))
+    assert plain[0]["made_by"] == theirs.sha256 and video[0]["made_by"].startswith(f"{theirs.sha256}+") and video[0]["made_by"].endswith("@1.5")
+    assert np.abs(video[1]["latents"].astype(np.float32) - plain[1]["latents"]).max() > 0.01
+    capsys.readouterr()
+    assert run(config, *guided, f"--out={tmp_path}/guided", "--config.generate.guidance_model=2") == 2 and "weights" in capsys.readouterr().err
+
+
+def test_which_guide(trained):
+    config = trained[0].copy_and_resolve_references()
+    assert find_guide(config) is None and load_chosen(config).guide is None
+    config.generate.guide = os.path.dirname(config.generate.weights)
+    chosen = load_chosen(config)
+    assert chosen.guide.sha256 == chosen.sha256 and signature(chosen, config.generate) == f"{chosen.sha256}+{chosen.sha256}@1.5"
+    config.generate.guidance_model = 1.0
+    assert find_guide(config) is None and signature(load_chosen(config), config.generate) == chosen.sha256
+    config.generate.update(guidance_model=1.5, guide="nowhere.safetensors")
+    with pytest.raises(UserError, match="generate.guide: nowhere.safetensors does not exist"):
+        load_chosen(config)
+    for weights in (None, str(SHIPPED), os.path.relpath(SHIPPED)):
+        config.generate.update(weights=weights, guide=None)
+        assert find_guide(config) == SHIPPED_GUIDE
+    model = load_model(trained[0].generate.weights)
+    for key in ("autoencoder_sha256", "latent_shape", "text_encoder"):
+        with pytest.raises(UserError, match=f"other.*trained with {key}.*generate.guide"):
+            with_guide(model, dataclasses.replace(model, data=model.data | {key: "another"}), "other")
 
 
 def test_interrupted_generation_goes_on_at_the_last_finished_window(trained, tmp_path, capsys, monkeypatch):
@@ -342,7 +403,7 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys, monke
     }
     for setting in (
         "generate.steps=0", "generate.steps=-2", "window.tpd_strength=9", "window.tpd_strength=nan", "generate.shift=-1", "generate.shift=inf",
-        "generate.windows_per_call=0", "generate.guidance_text=nan", "generate.guidance_waypoints=-1", "generate.temperature=2", "window.anchor_error=2",
+        "generate.windows_per_call=0", "generate.guidance_text=nan", "generate.guidance_waypoints=-1", "generate.guidance_model=-1", "generate.temperature=2", "window.anchor_error=2",
         "window.anchor_level=0", "autoencoder.temporal='nosuch'",
     ):  # fmt: skip
         key, value = setting.split("=")

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,13 +14,16 @@ from mila_jax.config import load_config
 from mila_jax.errors import UserError
 from mila_jax.generate import Generator
 from mila_jax.rollout_program import evaluations, generation_mesh
-from tests.generate_probe import make_config, make_model, make_starts
+from tests.generate_probe import make_config, make_model, make_starts, with_smaller_guide
 
 ONE = dict(data=1, fsdp=1, context=1, tensor=1)
 CASES = {
     "one": dict(mesh=ONE, mode="context", videos=2), "data": dict(mesh=ONE | dict(data=4), mode="none", videos=2),
     "passes": dict(mesh=ONE | dict(data=-1), mode="none", videos=1), "context": dict(mesh=ONE | dict(data=2, context=2, tensor=2), mode="context", videos=2),
     "heads": dict(mesh=ONE | dict(data=2, fsdp=2, context=2), mode="heads", videos=1), "kv_gather": dict(mesh=ONE | dict(context=4), mode="kv_gather", videos=2),
+    # With a guide, a weaker model. Passes: those with and without text are split over `data`, and the guide sees the one video whole.
+    "guide": dict(mesh=ONE, mode="none", videos=2, guide=True), "guide_split": dict(mesh=ONE | dict(data=2, context=2), mode="context", videos=2, guide=True),
+    "guide_passes": dict(mesh=ONE | dict(data=2, fsdp=2), mode="none", videos=1, guide=True),
 }  # fmt: skip
 
 
@@ -39,9 +43,9 @@ def results(tmp_path_factory):
         return {k: z[k] for k in z.files}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "one"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("one", "guide")])
 def test_mesh_equals_one_device(results, name):
-    expected = results["one/latents"][: CASES[name]["videos"]]
+    expected = results["guide/latents" if CASES[name].get("guide") else "one/latents"][: CASES[name]["videos"]]
     assert np.abs(expected).max() > 0.5 and np.isfinite(expected).all()
     np.testing.assert_allclose(results[f"{name}/latents"], expected, atol=1e-5 * np.abs(expected).max())
 
@@ -54,11 +58,16 @@ def test_streaming_and_resuming_give_the_same_bits_on_a_mesh(results, name):
     assert np.array_equal(streamed, results[f"{name}/latents"])
 
 
+def test_the_guide_counts(results):
+    plain, guided = results["one/latents"], results["guide/latents"]
+    assert np.abs(guided - plain).max() > 0.05 * np.abs(plain).max()
+
+
 def test_the_mesh_is_used(results):
     devices = {name: int(results[f"{name}/devices"]) for name in CASES}
-    assert devices == {"one": 1, "data": 4, "passes": 2, "context": 8, "heads": 8, "kv_gather": 4}  # passes: no more than there are passes
+    assert devices == {"one": 1, "data": 4, "passes": 2, "context": 8, "heads": 8, "kv_gather": 4, "guide": 1, "guide_split": 4, "guide_passes": 4}  # passes: no more than there are passes
     parts = {name: int(results[f"{name}/split"]) for name in CASES}
-    assert parts == {"one": 1, "data": 1, "passes": 1, "context": 2, "heads": 2, "kv_gather": 1}  # parameters, over tensor and fsdp
+    assert parts == {"one": 1, "data": 1, "passes": 1, "context": 2, "heads": 2, "kv_gather": 1, "guide": 1, "guide_split": 1, "guide_passes": 2}  # parameters, over tensor and fsdp
 
 
 def test_meshes_that_do_not_fit_name_the_key():
@@ -78,6 +87,10 @@ def test_meshes_that_do_not_fit_name_the_key():
     config.attention.parallel = "nowhere"
     with pytest.raises(UserError, match="attention.parallel='nowhere'"):
         Generator(make_model(config), config)
+    config = make_config()
+    config.mesh.update(ONE | dict(tensor=4))
+    with pytest.raises(UserError, match="the guide's model.heads=2 is not a multiple of mesh.tensor=4"):
+        Generator(with_smaller_guide(make_model(config)), config, devices=jax.devices()[:1] * 4)
 
 
 def test_one_device_takes_any_number_of_videos():

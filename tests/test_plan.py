@@ -10,17 +10,20 @@ import signal
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from mila_jax import cli
 from mila_jax.config import load_config
 from mila_jax.errors import UserError
 from mila_jax.model import cpu_gradients
+from mila_jax.model.stdit3_weights import create
+from mila_jax.model.weights import model_config, save_model
 from mila_jax.parallel.aot import cache, child, compiler, flops, layout, page, sweep, terminal
 from mila_jax.parallel.aot.chips import CHIPS, parse_topology
 from mila_jax.parallel.aot.command import load_results
 from mila_jax.parallel.aot.compiler import Outcome
 from mila_jax.parallel.aot.program import make_program
-from mila_jax.parallel.aot.sizes import plan_sizes
+from mila_jax.parallel.aot.sizes import data_description, plan_sizes, with_guide
 from mila_jax.parallel.mesh import make_mesh
 from mila_jax.views import VIEWS
 
@@ -98,6 +101,50 @@ def test_the_list_of_matmuls_is_what_the_program_does(step, settings, tolerance)
     with jax.set_mesh(mesh):
         traced = program.function.trace(*program.arguments).jaxpr
     assert flops.count_jaxpr(traced) == pytest.approx(flops.model_flops(sizes) + rotary(sizes), rel=tolerance)
+
+
+def test_a_guide_is_part_of_the_sampling_step(tmp_path):
+    """Of another width and depth than the model, evaluated once where text guidance evaluates the model twice."""
+    guide = load_config("configs/tiny.py", [*SMALL, "--config.model.precondition=none", "--config.model.depth=1", "--config.model.width=16", "--config.model.heads=2"])
+    data = data_description(guide)
+    save_model(tmp_path / "model.safetensors", create(model_config(guide, data))[1], guide, data, None, {})
+    settings = [*SMALL, "--config.model.precondition=none", "--config.generate.guidance_text=2.0"]
+    alone = plan_sizes(load_config("configs/tiny.py", settings), 1, "sample")
+    asked = load_config("configs/tiny.py", [*settings, f"--config.generate.guide={tmp_path}"])
+    config = with_guide(asked, "sample")
+    sizes = plan_sizes(config, 1, "sample")
+    assert (sizes.passes, sizes.of_guide.passes, sizes.guide.width) == (2, 1, 16)
+    assert plan_sizes(ConfigDict(json.loads(config.to_json())), 1, "sample") == sizes  # what the compiling process is told is enough
+    assert flops.model_flops(sizes) == flops.model_flops(alone) + flops.model_flops(sizes.of_guide)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    program = make_program(config, sizes, mesh)
+    with jax.set_mesh(mesh):
+        traced = program.function.trace(*program.arguments).jaxpr
+    assert flops.count_jaxpr(traced) == flops.model_flops(sizes) + rotary(sizes) + rotary(sizes.of_guide)
+    # The guide's sizes decide which program is meant; without one, and in training, its settings are of no account.
+    keys = {name: cache.config_hash(with_guide(c, step)) for name, c, step in (("alone", load_config("configs/tiny.py", settings), "sample"),
+            ("guided", asked, "sample"), ("train", asked, "train"))}  # fmt: skip
+    assert keys["alone"] == keys["train"] != keys["guided"]
+    guide.model.width = 32
+    save_model(tmp_path / "model.safetensors", create(model_config(guide, data))[1], guide, data, None, {})
+    assert cache.config_hash(with_guide(asked, "sample")) != keys["guided"]
+    save_model(tmp_path / "model.safetensors", create(model_config(guide, data))[1], guide, data | {"text_shape": [1, 2]}, None, {})
+    with pytest.raises(UserError, match="generate.guide=.*text_shape"):
+        with_guide(asked, "sample")
+
+
+@pytest.mark.parametrize("precondition", ["none", "motion"])
+def test_a_guide_may_be_preconditioned_otherwise(tmp_path, precondition):
+    other = {"none": "motion", "motion": "none"}[precondition]
+    guide = load_config("configs/tiny.py", [*SMALL, f"--config.model.precondition={other}", "--config.model.depth=1"])
+    data = data_description(guide)
+    save_model(tmp_path / "guide.safetensors", create(model_config(guide, data))[1], guide, data, None, {})
+    settings = [*SMALL, f"--config.model.precondition={precondition}", f"--config.generate.guide={tmp_path}/guide.safetensors"]
+    config = with_guide(load_config("configs/tiny.py", settings), "sample")
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    program = make_program(config, plan_sizes(config, 1, "sample"), mesh)
+    with jax.set_mesh(mesh):
+        assert jax.tree.leaves(program.function.trace(*program.arguments).out_info)[0].shape == program.arguments[1].shape
 
 
 def test_recomputing_is_not_the_models_work():

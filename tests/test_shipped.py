@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from data_pipeline.clips import ClipSource, ClipSpec
+from mila_jax.choose_model import load_chosen
 from mila_jax.config import load_config
 from mila_jax.demo import demo
 from mila_jax.flow.rectified_flow import add_noise, masked_loss, velocity_target
@@ -14,7 +15,7 @@ from mila_jax.generate import check_fits
 from mila_jax.model.conditions import from_clip
 from mila_jax.model.autoencoder_weights import training_card
 from mila_jax.model.network import make_velocity
-from mila_jax.model.weights import SHIPPED, load_model
+from mila_jax.model.weights import SHIPPED, SHIPPED_GUIDE, load_model
 from mila_jax.prepare import SHIPPED_AUTOENCODER, open_codec, prepare, simulate_from_config
 from mila_jax.scores import held_out_images, reconstruction
 
@@ -38,8 +39,9 @@ def model():
 
 
 def test_files_are_small_and_belong_together(model):
-    assert SHIPPED.stat().st_size + SHIPPED_AUTOENCODER.stat().st_size < 20e6
+    assert SHIPPED.stat().st_size + SHIPPED_GUIDE.stat().st_size + SHIPPED_AUTOENCODER.stat().st_size < 20e6
     assert (SHIPPED.parent / "MODEL_CARD.md").exists()
+    assert load_chosen(load_config("configs/tiny.py")).guide.sha256 == load_model(SHIPPED_GUIDE).sha256  # it fits
     check_fits(model, open_codec(load_config("configs/tiny.py")))
     assert model.data["text_encoder"] == "minilm"
 
@@ -59,7 +61,7 @@ def test_demo_takes_the_shipped_weights(tmp_path):
     c.simulate.seconds = 8.0
     c.generate.steps = 2
     page = demo(c, tmp_path / "demo", seconds=0.5, progress=False).read_text()
-    assert "mila_tiny.safetensors" in page and not (tmp_path / "demo" / "train").exists()
+    assert "mila_tiny.safetensors" in page and "guided by a weaker model" in page and not (tmp_path / "demo" / "train").exists()
 
 
 def test_network_knows_more_than_linear_statistics(config, model):

@@ -1,8 +1,11 @@
-"""Classifier-free guidance over several conditions, each with its own scale.
+"""Guidance: by conditions left out (classifier-free, each condition with its own scale), and by a weaker model (autoguidance).
 
 With one condition: v = v_null + g (v_cond − v_null). With several, dropped one after the other (as in Open-Sora 1.3 for text and
 image): v = v_0 + Σ_k g_k (v_k − v_{k−1}), where v_0 has every condition dropped, v_n none. Equal scales g give
 v_0 + g (v_n − v_0), the rule for one condition. Training drops conditions independently, so every such set is known to the network.
+
+Autoguidance (Karras et al., "Guiding a diffusion model with a bad version of itself", arXiv 2406.02507): v = v_w + g (v − v_w), where
+v_w is that of a smaller or less trained network for the same conditions. What both get wrong the weaker one gets more wrong.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,5 +62,20 @@ def guided(velocity: Callable, drops: Sequence[Callable], scales: Sequence[float
             jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *sets),
         )
         return combine(jnp.split(together, repeat))
+
+    return guided_velocity
+
+
+def autoguided(velocity: Callable, guide: Callable, scale: float) -> Callable:
+    """Wraps `velocity(latents, levels, conditions)` so that it keeps away from what `guide`, a weaker model's, does; same signature.
+
+    `scale`: g, a Python float; 1 leaves `velocity` as it is, and `guide` is not evaluated.
+    """
+    if scale == 1:
+        return velocity
+
+    def guided_velocity(latents, levels, conditions):
+        weaker = guide(latents, levels, conditions)
+        return weaker + scale * (velocity(latents, levels, conditions) - weaker)
 
     return guided_velocity

@@ -24,13 +24,16 @@ from mila_jax.model.precondition import Prior
 from mila_jax.model.stdit3_weights import create
 from mila_jax.model.weight_files import local_file
 
-SHIPPED = pathlib.Path(__file__).parents[1] / "weights" / "mila_tiny.safetensors"
+_FOLDER = pathlib.Path(__file__).parents[1] / "weights"
+SHIPPED = _FOLDER / "mila_tiny.safetensors"
+SHIPPED_GUIDE = _FOLDER / "mila_tiny_guide.safetensors"  # a weaker model for its autoguidance
 
 
 @dataclasses.dataclass(frozen=True)
 class WorldModel:
     """config: the run's ConfigDict; dit: sizes; graphdef and params: the network; prior: of a preconditioned network, else None; data: what the
-    training data said of itself (latent_shape, text_encoder, autoencoder hash, …); card: how it was trained."""
+    training data said of itself (latent_shape, text_encoder, autoencoder hash, …); card: how it was trained; guide: a weaker model that
+    generation is to keep away from (`flow.guidance.autoguided`), which is in no file with it, or None."""
 
     config: ml_collections.ConfigDict
     dit: DiTConfig
@@ -40,6 +43,7 @@ class WorldModel:
     data: dict
     card: dict
     sha256: str
+    guide: "WorldModel | None" = None
 
     @property
     def velocity(self):
@@ -72,16 +76,7 @@ def save_model(path, params: nnx.State, config, data: dict, prior: Prior | None,
 def load_model(path) -> WorldModel:
     """Reads a file of `save_model`, also from a bucket (gs://…). Raises `UserError` naming the file, or the tensor that is missing or misshapen."""
     path = local_file(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give the .safetensors file of a trained model (generate.weights)")
-    try:
-        with safe_open(path, framework="numpy") as f:
-            header = f.metadata() or {}
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}); get it again") from None
-    if not header.get("format", "").startswith("mila_jax.world_model."):
-        raise UserError(f"{path} is not a mila_jax world model; `mila train` writes model.safetensors")
+    header, tensors = _read(path, lambda f: {k: f.get_tensor(k) for k in f.keys()})
     config = ml_collections.ConfigDict(json.loads(header["config"]))
     data = json.loads(header["data"])
     dit = model_config(config, data)
@@ -92,6 +87,26 @@ def load_model(path) -> WorldModel:
     params = merge_parameters(params, loaded, source=str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return WorldModel(config, dit, graphdef, params, prior, data, json.loads(header["card"]), digest)
+
+
+def read_header(path) -> tuple[ml_collections.ConfigDict, dict]:
+    """(config, data) of the file, its parameters unread; see `WorldModel`. Raises `UserError` as `load_model` does."""
+    header, _ = _read(local_file(path), lambda f: None)
+    return ml_collections.ConfigDict(json.loads(header["config"])), json.loads(header["data"])
+
+
+def _read(path: pathlib.Path, take):
+    """(header, what `take` makes of the open file)."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give the .safetensors file of a trained model")
+    try:
+        with safe_open(path, framework="numpy") as f:
+            header, found = f.metadata() or {}, take(f)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error}); get it again") from None
+    if not header.get("format", "").startswith("mila_jax.world_model."):
+        raise UserError(f"{path} is not a mila_jax world model; `mila train` writes model.safetensors")
+    return header, found
 
 
 def merge_parameters(params: nnx.State, arrays: dict, *, source: str) -> nnx.State:

@@ -81,10 +81,10 @@ def constrain_parameters(params, *lead: str):
     return jax.tree.map(state, params, is_leaf=lambda x: hasattr(x, "get_metadata"))
 
 
-def check_divides(mesh: Mesh, batch: int, heads: int, width: int, frames: int, tokens: int) -> None:
+def check_divides(mesh: Mesh, batch: int, heads: int, width: int, frames: int, tokens: int, whose: str = "") -> None:
     """Raises `UserError` with the key to change when a size does not divide by the mesh axes that the rules in force split it over.
 
-    frames: of a window; tokens: patches of one view of one frame.
+    frames: of a window; tokens: patches of one view of one frame; whose: of another model than the config's, for messages.
     """
     for size, key, names in (
         (batch, "train.batch", ("batch",)),
@@ -97,7 +97,7 @@ def check_divides(mesh: Mesh, batch: int, heads: int, width: int, frames: int, t
             axes = mesh_axes(name)
             parts = math.prod(mesh.shape[a] for a in axes)
             if size % parts:
-                raise UserError(f"{key}={size} is not a multiple of {'·'.join('mesh.' + a for a in axes)}={parts} ({name}); change one of them")
+                raise UserError(f"{whose}{key}={size} is not a multiple of {'·'.join('mesh.' + a for a in axes)}={parts} ({name}); change one of them")
     if mesh.shape["context"] > 1 and not any("context" in mesh_axes(name) for name in ("batch", "frames", "places", "temporal_frames")):
         raise UserError(f"mesh.context={mesh.shape['context']} would be left unused by attention.parallel=none; set mesh.context=1 or another mode")
 

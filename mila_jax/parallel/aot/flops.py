@@ -84,7 +84,7 @@ def model_flops(sizes: Sizes) -> float:
     """Operations of one step over all devices: forward and backward for training, one guided evaluation for sampling.
 
     The backward pass is a whole one, also where `train.trainable` freezes parameters and a step makes less of it."""
-    table = matmuls(sizes.dit, sizes)
+    table = matmuls(sizes.dit, sizes) + ([] if sizes.guide is None else matmuls(sizes.guide, sizes.of_guide))
     return float(sum(m.train_flops if sizes.step == "train" else m.forward_flops for m in table))
 
 

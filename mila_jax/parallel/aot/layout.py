@@ -9,7 +9,7 @@ from mila_jax.parallel.aot.chips import SOURCES, Topology
 from mila_jax.parallel.aot.compiler import compile_step
 from mila_jax.parallel.aot.figures import GIB, figures
 from mila_jax.parallel.aot.flops import model_flops
-from mila_jax.parallel.aot.sizes import plan_sizes
+from mila_jax.parallel.aot.sizes import plan_sizes, with_guide
 from mila_jax.parallel.aot.walk import walk
 from mila_jax.views import VIEWS
 
@@ -23,6 +23,7 @@ def plan_layout(config, topology: Topology, step: str, *, name: str = "", change
 
     status: "planned", or "refused" with a reason when the compiler refuses it. Raises `UserError` for what cannot be planned.
     """  # fmt: skip
+    config = with_guide(config, step)
     sizes = plan_sizes(config, topology.devices, step)
     mode = "full" if full else "fast"
     key = cache.key(config, topology.name, step, full)
@@ -39,6 +40,7 @@ def plan_layout(config, topology: Topology, step: str, *, name: str = "", change
         "sizes": {
             "batch": sizes.batch, "views": len(VIEWS), "frames": sizes.frames, "tokens_per_frame": sizes.tokens * len(VIEWS),
             "evaluations": sizes.passes, "width": sizes.dit.width, "depth": sizes.dit.depth, "heads": sizes.dit.heads,
+            **({} if sizes.guide is None else {"guide": {"width": sizes.guide.width, "depth": sizes.guide.depth, "heads": sizes.guide.heads}}),
         },
         "hbm": {"limit_gib": limit_gib}, "compile": {"seconds": round(outcome.seconds, 1), "cached": cached}, "versions": cache.versions(),
         "chip": {k: getattr(chip, k) for k in ("name", "peak", "hbm_bandwidth", "hbm_limit", "link", "network", "clock")},

@@ -12,12 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from mila_jax.flow.sampler import sample_window
 from mila_jax.model.conditions import Conditions
+from mila_jax.model.dit import DiTConfig
 from mila_jax.model.precondition import SCALES, Prior
 from mila_jax.parallel.aot.sizes import Sizes
 from mila_jax.parallel.compiler_options import options_of
 from mila_jax.parallel.logical import rules_from_config, spec, use_rules, with_rules
-from mila_jax.parallel.mesh import batch_sharding, parameter_shardings, replicated
-from mila_jax.rollout_program import Layout, evaluations, generation_rules, generation_velocity
+from mila_jax.parallel.mesh import batch_sharding, replicated
+from mila_jax.rollout_program import Layout, Network, Parameters, evaluations, generation_rules, generation_velocity
 from mila_jax.train.optimizer import make_optimizer
 from mila_jax.train.stages import resolve
 from mila_jax.train.state import abstract_model, abstract_state, state_shardings
@@ -42,9 +43,9 @@ def _key(mesh):
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
 
 
-def _prior(config, sizes: Sizes) -> Prior | None:
-    """A prior of the preconditioning: its values change no shape, so any will do."""
-    if config.model.precondition == "none":
+def _prior(dit: DiTConfig, sizes: Sizes) -> Prior | None:
+    """A prior of the preconditioning, if a network of these sizes has any: its values change no shape, so any will do."""
+    if dit.in_channels == dit.out_channels:
         return None
     channels = sizes.data["latent_shape"][-1]
     return Prior(np.eye(channels, dtype=np.float32), np.full((len(VIEWS), channels, len(SCALES)), 1 / len(SCALES), np.float32))
@@ -72,17 +73,26 @@ def train_program(config, sizes: Sizes, mesh: Mesh) -> Program:
     shardings = state_shardings(mesh, sizes.dit, tx, trainable)
     objective = Objective.from_config(config)
     step = jit_train_step(
-        shardings, batch_sharding(mesh), rules=rules_from_config(config), graphdef=graphdef, config=sizes.dit, prior=_prior(config, sizes),
+        shardings, batch_sharding(mesh), rules=rules_from_config(config), graphdef=graphdef, config=sizes.dit, prior=_prior(sizes.dit, sizes),
         objective=objective, tx=tx, trainable=trainable, accumulate=config.train.get("accumulate", 1), groups=mesh.shape["data"],
     )  # fmt: skip
     clip = abstract_clip(sizes, batch_sharding(mesh), objective.foreground_weight > 0)
     return Program(step, (_shaped(abstract_state(sizes.dit, tx, trainable), shardings), clip, _key(mesh)), mesh)
 
 
+def _network(sizes: Sizes) -> tuple[Network, Parameters]:
+    """The network of `sizes`, with its guide if there is one, and their abstract parameters."""
+    graphdef, params = abstract_model(sizes.dit)
+    prior = _prior(sizes.dit, sizes)
+    if sizes.guide is None:
+        return Network(graphdef, sizes.dit, prior), Parameters(params)
+    guide, weaker = _network(sizes.of_guide)
+    return Network(graphdef, sizes.dit, prior, guide), Parameters(params, weaker.model)
+
+
 def sample_program(config, sizes: Sizes, mesh: Mesh, layout: Layout) -> Program:
     """One denoising step of a window, guidance included, laid out as generation does; the window is donated."""
-    graphdef, params = abstract_model(sizes.dit)
-    prior = _prior(config, sizes)
+    network, params = _network(sizes)
     b, v, t = sizes.batch, len(VIEWS), sizes.frames
     rows = layout.batch
     window = jax.ShapeDtypeStruct((b, v, t, *sizes.data["latent_shape"]), jnp.float32, sharding=NamedSharding(mesh, spec(rows, None, "frames")))
@@ -93,13 +103,13 @@ def sample_program(config, sizes: Sizes, mesh: Mesh, layout: Layout) -> Program:
     conditions = Conditions(**{name: clip[name] for name in names}, drop_text=drop, drop_waypoints=drop)
 
     def sample_step(params, window, schedule, conditions):
-        velocity = generation_velocity(graphdef, params, sizes.dit, prior, config.generate)
+        velocity = generation_velocity(network, params, config.generate, rows is not None)
         return sample_window(velocity, window, schedule, conditions)
 
     step = jax.jit(
         with_rules(layout.rules, sample_step), donate_argnums=1, out_shardings=window.sharding, compiler_options=options_of(window.sharding)
     )  # fmt: skip
-    return Program(step, (_shaped(params, parameter_shardings(mesh, params)), window, schedule, conditions), mesh)
+    return Program(step, (_shaped(params, layout.parameters(params)), window, schedule, conditions), mesh)
 
 
 def make_program(config, sizes: Sizes, mesh: Mesh) -> Program:

@@ -1,12 +1,16 @@
-"""Every size of a step from the config alone: no data set is opened, and everything that does not divide is refused here."""
+"""Every size of a step from the config alone: no data set is opened, and everything that does not divide is refused here.
+
+Only a guide's sizes stand in its weights file; `with_guide` puts them into the config before anything else sees it.
+"""
 
 import dataclasses
 
+from mila_jax.choose_model import weights_file
 from mila_jax.chunks import CHUNKS, check_window
 from mila_jax.errors import UserError
 from mila_jax.flow.guidance import guidance_weights
 from mila_jax.model.dit import DiTConfig
-from mila_jax.model.weights import model_config
+from mila_jax.model.weights import model_config, read_header
 from mila_jax.parallel.aot.options import STEPS
 from mila_jax.parallel.logical import rules_from_config, use_rules
 from mila_jax.parallel.mesh import axis_sizes, check_accumulation, check_divides
@@ -18,7 +22,7 @@ class Sizes:
     """data: what a data set would say of itself (as `prepare.describe_data`); dit: the network; mesh: axis → size.
 
     batch: samples (train) or videos (sample) a step over all devices; passes: evaluations of the network for one sample (2 with
-    classifier-free guidance); frames: of a window.
+    classifier-free guidance); frames: of a window; guide: sizes of the weaker model that guides it, or None.
     """
 
     step: str
@@ -28,12 +32,18 @@ class Sizes:
     batch: int
     passes: int
     frames: int
+    guide: DiTConfig | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens of one view of one frame."""
         height, width, _ = self.data["latent_shape"]
         return -(-height // self.dit.patch[1]) * -(-width // self.dit.patch[2])
+
+    @property
+    def of_guide(self) -> "Sizes | None":
+        """The same step of the guide alone, which sees each sample once."""
+        return None if self.guide is None else dataclasses.replace(self, dit=self.guide, passes=1, guide=None)
 
 
 def data_description(config) -> dict:
@@ -65,6 +75,24 @@ def check_temporal(config) -> None:
             chunks.stride(fps)
 
 
+def with_guide(config, step: str):
+    """The config with `plan.guide`, the sections `model` and `attention` of the model that `generate.guide` names, if `step` evaluates one.
+
+    Raises `UserError` for a file that cannot be read, or is for other latents or text than the config's.
+    """
+    config = config.copy_and_resolve_references()
+    g = config.generate
+    if step != "sample" or not g.get("guide") or g.get("guidance_model", 1.0) == 1:
+        return config
+    theirs, data = read_header(weights_file(g.guide))
+    for key, ours in data_description(config).items():
+        if list(data[key]) != ours:
+            raise UserError(f"generate.guide={g.guide} was trained with {key} {data[key]}, the config has {ours}; give weights for the same data")
+    with config.plan.unlocked():
+        config.plan.guide = {key: theirs[key] for key in ("model", "attention") if key in theirs}
+    return config
+
+
 class _Mesh:
     """What `check_divides` wants to know of a mesh."""
 
@@ -73,12 +101,13 @@ class _Mesh:
 
 
 def plan_sizes(config, devices: int, step: str) -> Sizes:
-    """Sizes of `step` ("train" or "sample") on `devices` devices. Raises `UserError` naming the key for anything that cannot work."""
+    """Sizes of `step` ("train" or "sample") on `devices` devices, of a config that passed `with_guide`. Raises `UserError` naming the key for anything that cannot work."""
     if step not in STEPS:
         raise UserError(f"--step={step} is unknown; use {' or '.join(STEPS)}")
     data = data_description(config)
     check_temporal(config)
-    dit = model_config(config, data)
+    dit, guide = model_config(config, data), config.plan.get("guide")
+    guide = None if guide is None else model_config(guide, data)
     mesh = axis_sizes(config.mesh, devices)
     passes = 1
     if step == "sample":
@@ -86,7 +115,7 @@ def plan_sizes(config, devices: int, step: str) -> Sizes:
     batch = config.train.batch if step == "train" else config.plan.sample_batch
     if batch < 1:
         raise UserError(f"train.batch={batch} must be at least 1")
-    sizes = Sizes(step, data, dit, mesh, batch, passes, config.window.frames)
+    sizes = Sizes(step, data, dit, mesh, batch, passes, config.window.frames, guide)
     if step == "sample":  # as `generation_mesh` and `Layout` do
         samples = evaluations(config.generate, batch)
         if samples % mesh["data"]:
@@ -94,7 +123,9 @@ def plan_sizes(config, devices: int, step: str) -> Sizes:
                 f"plan.sample_batch={batch} gives {samples} sample(s) at a time (with guidance in one batch), no multiple of mesh.data={mesh['data']}; "
                 "change one of them"
             )
-        generation_rules(config, dit, _Mesh(mesh), samples, config.window.frames, sizes.tokens)
+        for each, whose in ((sizes, ""), (sizes.of_guide, "the guide's ")):
+            if each is not None:
+                generation_rules(config, each.dit, _Mesh(mesh), samples, config.window.frames, each.tokens, whose)
         return sizes
     check_accumulation(config.train, _Mesh(mesh))
     with use_rules(**rules_from_config(config)):

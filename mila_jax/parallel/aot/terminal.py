@@ -45,7 +45,8 @@ def details(result: dict) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
     lines = [
         f"{result['step']} step of {result['config']} on {result['topology']} ({result['devices']} devices, {mesh}); {result['mode']} mode, modelled",
-        f"  batch {s['batch']}, {s['views']} views × {s['frames']} frames, {s['tokens_per_frame']} tokens a frame; {s['evaluations']} evaluation(s)",
+        f"  batch {s['batch']}, {s['views']} views × {s['frames']} frames, {s['tokens_per_frame']} tokens a frame; {s['evaluations']} evaluation(s)"
+        + (f" and one of a guide (width {s['guide']['width']}, {s['guide']['depth']} pairs)" if "guide" in s else ""),
         f"  HBM      {hbm.get('peak_gib', float('nan')):.2f} of {hbm['limit_gib']} GiB a device ({hbm.get('share', float('nan')):.0%}; {hbm.get('source', '')}); "
         f"state and batch {hbm.get('state_and_batch_gib', float('nan')):.2f} GiB",
         f"  FLOPs    model {f['model']:.4g}, program {f['hlo']:.4g} a device: {f['hlo_over_model']:.3f} × the model's (kernels {f['attention_kernels']:.3g})",
