@@ -196,16 +196,6 @@ def test_a_guide_is_kept_away_from_after_the_other_guidance(monkeypatch):
     np.testing.assert_allclose(rollout_program.generation_velocity(network, Parameters(1.0, 0.5), settings)(*given), 2.0)
 
 
-def test_a_model_that_guides_itself_changes_nothing(trained):
-    config, name = trained
-    start, _ = from_scene(read_scene(config.data.dir, name), 1.0, 2)
-    model = load_model(config.generate.weights)
-    config = config.copy_and_resolve_references()
-    config.generate.strategy = "recurrent"
-    videos = [generate.Generator(m, config)([start], 6)[0].latents for m in (model, with_guide(model, model, "itself"))]
-    np.testing.assert_allclose(*videos, atol=2e-4)
-
-
 def test_the_command_takes_the_guide(trained, tmp_path, capsys):
     """The guide has weights of its own; the video of another scale is another one, and says so."""
     config, name = trained
