@@ -1,7 +1,8 @@
 """`mila demo`: a minute of six-view video by the embedded model of configs/tiny.py, on a street that it has never seen.
 
-Command: `bash scripts/demo.sh`; 8 minutes on two CPU cores, once everything is installed. The simulated scenes have another seed than those that the shipped weights were trained on. With `--train`, a model is trained from random weights
-on three of four scenes instead: enough to see how it goes, not to see streets (time not measured).
+Command: `bash scripts/demo.sh`; 8 minutes on two CPU cores, once everything is installed. The simulated scenes have another seed than
+those that the shipped weights were trained on. With `--train`, a model is trained from random weights on three of four scenes instead:
+enough to see how it goes, not to see streets (time not measured).
 """
 
 from configs import tiny
