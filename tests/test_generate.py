@@ -25,6 +25,7 @@ from mila_jax.flow.rollout import collect
 from mila_jax.generate_command import read_generated
 from mila_jax.model.autoencoder_weights import Codec
 from mila_jax.model.weights import SHIPPED, SHIPPED_GUIDE, load_model, save_model
+from mila_jax.parallel.logical import mesh_axes
 from mila_jax.prepare import open_codec
 from mila_jax.rollout_program import Network, Parameters, RolloutProgram
 from mila_jax.start import from_scene
@@ -194,6 +195,21 @@ def test_a_guide_is_kept_away_from_after_the_other_guidance(monkeypatch):
     np.testing.assert_allclose(velocity(*given), 0.5 + 1.5 * (2.0 - 0.5))
     settings.guidance_model = 1.0
     np.testing.assert_allclose(rollout_program.generation_velocity(network, Parameters(1.0, 0.5), settings)(*given), 2.0)
+
+
+def test_the_guide_sees_videos_whole_where_only_passes_are_split(monkeypatch):
+    """Kernels refuse a batch of one that is said to be split."""
+    seen = {}
+
+    def noting(_, params, *__):
+        return lambda x, levels, given: (seen.update({params: mesh_axes("batch")}), x)[1]
+
+    monkeypatch.setattr(rollout_program, "make_velocity", noting)
+    settings = ConfigDict(dict(guidance_text=1.0, guidance_waypoints=1.0, guidance_batched=True, guidance_model=1.5))
+    network = Network(None, None, None, Network(None, None, None))
+    for split, axes in ((True, ("data", "fsdp")), (False, ())):
+        rollout_program.generation_velocity(network, Parameters("model", "guide"), settings, split)(jnp.zeros(1), jnp.zeros(1), None)
+        assert seen == {"model": ("data", "fsdp"), "guide": axes}
 
 
 def test_the_command_takes_the_guide(trained, tmp_path, capsys):
