@@ -22,7 +22,7 @@ from mila_jax.model.autoencoder_weights import (
     training_card,
 )
 from mila_jax.parity import autoencoder_kl
-from mila_jax.train.autoencoder import AutoencoderTraining, draw_moves, moved, psnr, train_autoencoder
+from mila_jax.train.autoencoder import AutoencoderTraining, draw_moves, main, moved, psnr, train_autoencoder
 
 TINY = AutoencoderConfig(block_out_channels=(8, 16), layers_per_block=1, latent_channels=3, norm_num_groups=4, pixel_unshuffle=2)
 CONFIGS = [
@@ -203,6 +203,24 @@ def test_training_learns_and_resumes_bit_for_bit(tmp_path):
     assert training_card(tmp_path / "parts" / "autoencoder.safetensors")["steps"] == 0
     resumed, _ = run("parts")
     assert load_bytes(resumed) == load_bytes(path)
+
+
+def test_the_command_trains_on_a_data_set(small_config, tmp_path, monkeypatch, capsys):
+    """Stopped before its first step: compiling that, or the embedded sizes, is what would take long."""
+    tiny = dataclasses.make_dataclass("Tiny", [("model", AutoencoderConfig, TINY)], bases=(AutoencoderTraining,), frozen=True)
+    monkeypatch.setattr("mila_jax.train.autoencoder.AutoencoderTraining", tiny)
+    data = small_config.data.nuscenes
+    where = [f"--out={tmp_path}/run", "--height=32", "--width=48", "--max-frames=40", "--batch-size=4"]
+    main([f"--data={data}", *where, "--minutes=0", "--steps=7"])
+    path = tmp_path / "run" / "autoencoder.safetensors"
+    assert capsys.readouterr().out.strip() == str(path)
+    card = training_card(path)
+    assert (card["steps"], card["image_size"], card["data"]) == (0, [32, 48], "nuscenes v1.0-sim") and 20 < card["train_frames"] <= 40
+    here = [f"--data={data}", *where]
+    for arguments, words in (([f"--data={tmp_path}", *where], str(tmp_path)), ([*here, "--height=31"], "31"), ([*here, "--init-from=x"], "at x")):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert str(stopped.value).startswith("error: ") and words in str(stopped.value), stopped.value
 
 
 def load_bytes(path):
