@@ -152,7 +152,8 @@ def get_config() -> ConfigDict:
     c.generate.guidance_text = 1.0  # 1 = none
     c.generate.guidance_waypoints = 1.0
     # Autoguidance, `guidance_model` times as far from what a weaker model does: `guide` names its weights as `weights` does (none: the shipped guide
-    # for the shipped model, and no guidance for others); 1 = none, and no guide is read.
+    # for the shipped model, and no guidance for others); 1 = none, and no guide is read. Recurrent videos of a minute get worse by it
+    # (mila_jax/weights/MODEL_CARD.md).
     c.generate.guide = placeholder(str)
     c.generate.guidance_model = 1.5
     c.generate.guidance_batched = True  # with and without conditions in one pass over a larger batch; False: one after the other, in less memory

@@ -113,7 +113,8 @@ class Making:
         """How it was made, as plain values."""
         plan, generator = self.job.plan, self.generator
         return {
-            "frames": self.length, "latents": plan.frames, "strategy": plan.strategy, "weights_sha256": generator.model.sha256, "made_by": signature(generator.model, generator.config.generate), "steps": generator.options.steps,
+            "frames": self.length, "latents": plan.frames, "strategy": plan.strategy, "weights_sha256": generator.model.sha256,
+            "made_by": signature(generator.model, generator.config.generate), "steps": generator.options.steps,
             "generate_seconds": round(time.monotonic() - self.began, 1), "windows": self.job.windows, "windows_resumed": self.resumed,
             "anchors": plan.anchors, "sampler": dataclasses.asdict(generator.options), "window": plan.window, "conditioning": plan.conditioning,
             "anchor_stride": plan.anchor_stride, "anchor_frames": plan.anchor_frames.tolist(), "mesh": dict(generator.layout.mesh.shape),

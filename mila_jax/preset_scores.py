@@ -198,7 +198,8 @@ class PresetBench:
     def cell(self, clip: Clip, shown: pathlib.Path | None = None) -> Cell:
         """Features and measures of one clip; names: see `_describe`. shown: folder that its video is put into, too (`shown_video`)."""
         label = [
-            signature(self.model, self.config.generate), dataclasses.asdict(self.preset), dataclasses.asdict(clip), deciding(self.config.generate), json.loads(self.config.window.to_json()), self.config.seed,
+            signature(self.model, self.config.generate), dataclasses.asdict(self.preset), dataclasses.asdict(clip), deciding(self.config.generate),
+            json.loads(self.config.window.to_json()), self.config.seed,
             [(n.score, n.sha256, n.preprocessing, [dataclasses.asdict(span) for span in spans]) for n, spans in zip(self.networks, self.spans)],
             [(m.key, m.sha256, m.preprocessing, m.first, m.views) for m in self.measures], self.real.described, self.decoder.codec.sha256,
         ]  # fmt: skip
@@ -290,8 +291,8 @@ def preset_command(
     ]  # fmt: skip
     others = [row for measure in measures for view in views if view in measure.views for row in measure_rows(bench, measure, view, cells, clips)]
     record = {
-        "preset": name, "rule": preset.rule, "weights_sha256": bench.model.sha256, "made_by": signature(bench.model, bench.config.generate), "dropped": dropped, "scores": rows, "measures": others,
-        "left_out": left_out,
+        "preset": name, "rule": preset.rule, "weights_sha256": bench.model.sha256,
+        "made_by": signature(bench.model, bench.config.generate), "dropped": dropped, "scores": rows, "measures": others, "left_out": left_out,
     }  # fmt: skip
     write_atomically(out / "scores.json", json.dumps(record, indent=1).encode())
     for row in rows + others:

@@ -409,8 +409,8 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys, monke
     }
     for setting in (
         "generate.steps=0", "generate.steps=-2", "window.tpd_strength=9", "window.tpd_strength=nan", "generate.shift=-1", "generate.shift=inf",
-        "generate.windows_per_call=0", "generate.guidance_text=nan", "generate.guidance_waypoints=-1", "generate.guidance_model=-1", "generate.temperature=2", "window.anchor_error=2",
-        "window.anchor_level=0", "autoencoder.temporal='nosuch'",
+        "generate.windows_per_call=0", "generate.guidance_text=nan", "generate.guidance_waypoints=-1", "generate.guidance_model=-1",
+        "generate.temperature=2", "window.anchor_error=2", "window.anchor_level=0", "autoencoder.temporal='nosuch'",
     ):  # fmt: skip
         key, value = setting.split("=")
         value = value.strip("'")

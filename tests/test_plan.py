@@ -23,7 +23,7 @@ from mila_jax.parallel.aot.chips import CHIPS, parse_topology
 from mila_jax.parallel.aot.command import load_results
 from mila_jax.parallel.aot.compiler import Outcome
 from mila_jax.parallel.aot.program import make_program
-from mila_jax.parallel.aot.sizes import data_description, plan_sizes, with_guide
+from mila_jax.parallel.aot.sizes import data_description, plan_sizes, with_guide_sizes
 from mila_jax.parallel.mesh import make_mesh
 from mila_jax.views import VIEWS
 
@@ -111,7 +111,7 @@ def test_a_guide_is_part_of_the_sampling_step(tmp_path):
     settings = [*SMALL, "--config.model.precondition=none", "--config.generate.guidance_text=2.0"]
     alone = plan_sizes(load_config("configs/tiny.py", settings), 1, "sample")
     asked = load_config("configs/tiny.py", [*settings, f"--config.generate.guide={tmp_path}"])
-    config = with_guide(asked, "sample")
+    config = with_guide_sizes(asked, "sample")
     sizes = plan_sizes(config, 1, "sample")
     assert (sizes.passes, sizes.of_guide.passes, sizes.guide.width) == (2, 1, 16)
     assert plan_sizes(ConfigDict(json.loads(config.to_json())), 1, "sample") == sizes  # what the compiling process is told is enough
@@ -122,15 +122,15 @@ def test_a_guide_is_part_of_the_sampling_step(tmp_path):
         traced = program.function.trace(*program.arguments).jaxpr
     assert flops.count_jaxpr(traced) == flops.model_flops(sizes) + rotary(sizes) + rotary(sizes.of_guide)
     # The guide's sizes decide which program is meant; without one, and in training, its settings are of no account.
-    keys = {name: cache.config_hash(with_guide(c, step)) for name, c, step in (("alone", load_config("configs/tiny.py", settings), "sample"),
+    keys = {name: cache.config_hash(with_guide_sizes(c, step)) for name, c, step in (("alone", load_config("configs/tiny.py", settings), "sample"),
             ("guided", asked, "sample"), ("train", asked, "train"))}  # fmt: skip
     assert keys["alone"] == keys["train"] != keys["guided"]
     guide.model.width = 32
     save_model(tmp_path / "model.safetensors", create(model_config(guide, data))[1], guide, data, None, {})
-    assert cache.config_hash(with_guide(asked, "sample")) != keys["guided"]
+    assert cache.config_hash(with_guide_sizes(asked, "sample")) != keys["guided"]
     save_model(tmp_path / "model.safetensors", create(model_config(guide, data))[1], guide, data | {"text_shape": [1, 2]}, None, {})
     with pytest.raises(UserError, match="generate.guide=.*text_shape"):
-        with_guide(asked, "sample")
+        with_guide_sizes(asked, "sample")
 
 
 @pytest.mark.parametrize("precondition", ["none", "motion"])
@@ -140,7 +140,7 @@ def test_a_guide_may_be_preconditioned_otherwise(tmp_path, precondition):
     data = data_description(guide)
     save_model(tmp_path / "guide.safetensors", create(model_config(guide, data))[1], guide, data, None, {})
     settings = [*SMALL, f"--config.model.precondition={precondition}", f"--config.generate.guide={tmp_path}/guide.safetensors"]
-    config = with_guide(load_config("configs/tiny.py", settings), "sample")
+    config = with_guide_sizes(load_config("configs/tiny.py", settings), "sample")
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     program = make_program(config, plan_sizes(config, 1, "sample"), mesh)
     with jax.set_mesh(mesh):

@@ -11,7 +11,7 @@ from mila_jax.errors import UserError
 from mila_jax.parallel.aot.chips import parse_topology
 from mila_jax.parallel.aot.compiler import require_compiler
 from mila_jax.parallel.aot.layout import to_json
-from mila_jax.parallel.aot.sizes import plan_sizes, with_guide
+from mila_jax.parallel.aot.sizes import plan_sizes, with_guide_sizes
 from mila_jax.parallel.aot.sweep import changed, parse_sweep, plan_all, recommend
 from mila_jax.parallel.aot.terminal import assumptions, details, label, overview
 from mila_jax.parallel.mesh import axis_sizes
@@ -42,7 +42,7 @@ def plan_command(options, overrides: list[str]) -> int:
                 print(format_table(sharding_table(config, sizes), sizes))
         return 0
     if len(topologies) * len(layouts) == 1:  # a mistake in the sizes is said even where nothing can be compiled
-        plan_sizes(with_guide(changed(options.config, overrides, layouts[0]), options.step), topologies[0].devices, options.step)
+        plan_sizes(with_guide_sizes(changed(options.config, overrides, layouts[0]), options.step), topologies[0].devices, options.step)
     require_compiler()
 
     def report(result):

@@ -9,7 +9,7 @@ from mila_jax.parallel.aot.chips import SOURCES, Topology
 from mila_jax.parallel.aot.compiler import compile_step
 from mila_jax.parallel.aot.figures import GIB, figures
 from mila_jax.parallel.aot.flops import model_flops
-from mila_jax.parallel.aot.sizes import plan_sizes, with_guide
+from mila_jax.parallel.aot.sizes import plan_sizes, with_guide_sizes
 from mila_jax.parallel.aot.walk import walk
 from mila_jax.views import VIEWS
 
@@ -23,7 +23,7 @@ def plan_layout(config, topology: Topology, step: str, *, name: str = "", change
 
     status: "planned", or "refused" with a reason when the compiler refuses it. Raises `UserError` for what cannot be planned.
     """  # fmt: skip
-    config = with_guide(config, step)
+    config = with_guide_sizes(config, step)
     sizes = plan_sizes(config, topology.devices, step)
     mode = "full" if full else "fast"
     key = cache.key(config, topology.name, step, full)

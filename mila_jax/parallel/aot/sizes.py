@@ -1,6 +1,6 @@
 """Every size of a step from the config alone: no data set is opened, and everything that does not divide is refused here.
 
-Only a guide's sizes stand in its weights file; `with_guide` puts them into the config before anything else sees it.
+Only a guide's sizes stand in its weights file; `with_guide_sizes` puts them into the config before anything else sees it.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ def check_temporal(config) -> None:
             chunks.stride(fps)
 
 
-def with_guide(config, step: str):
+def with_guide_sizes(config, step: str):
     """The config with `plan.guide`, the sections `model` and `attention` of the model that `generate.guide` names, if `step` evaluates one.
 
     Raises `UserError` for a file that cannot be read, or is for other latents or text than the config's.
@@ -101,7 +101,9 @@ class _Mesh:
 
 
 def plan_sizes(config, devices: int, step: str) -> Sizes:
-    """Sizes of `step` ("train" or "sample") on `devices` devices, of a config that passed `with_guide`. Raises `UserError` naming the key for anything that cannot work."""
+    """Sizes of `step` ("train" or "sample") on `devices` devices, of a config that passed `with_guide_sizes`.
+
+    Raises `UserError` naming the key for anything that cannot work."""
     if step not in STEPS:
         raise UserError(f"--step={step} is unknown; use {' or '.join(STEPS)}")
     data = data_description(config)
