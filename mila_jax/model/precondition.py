@@ -31,6 +31,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from mila_jax import geometry
+from mila_jax.model.cpu_gradients import for_one_cpu
 from mila_jax.model.motion import CORRIDORS, carry
 from mila_jax.views import view_index
 
@@ -83,6 +84,17 @@ def inverse(m):
     return jax.lax.fori_loop(0, m.shape[-1], eliminate, m)
 
 
+def combine(gain, carried):
+    """Σ_j gain_ij z_j for gain [b, v, c, t (i), t (j)] and carried frames z [b, v, t (i), t (j), h, w, c] → [b, v, t, h, w, c]."""
+    if not for_one_cpu():
+        return jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried)
+    # As a product, the compiler would carry one number at a time, frames innermost, to have them lie as the product wants them.
+    gain = jnp.moveaxis(gain, 2, -1)[..., None, None, :]
+    total = sum(gain[:, :, :, j] * carried[:, :, :, j] for j in range(carried.shape[3]))
+    # A product that changes nothing keeps this loop apart from the one that makes the network's patches, whose order has the same fault.
+    return total @ jnp.eye(total.shape[-1], dtype=total.dtype)
+
+
 def linear_denoiser(carried, levels, k):
     """The linear-Gaussian posterior described above.
 
@@ -97,8 +109,7 @@ def linear_denoiser(carried, levels, k):
     m = inverse(moments(levels, k))
     gain_x, gain_v = ka @ m, cross @ m  # [b, v, c, t, t]
     variance = 1 + jnp.diagonal(k, axis1=-2, axis2=-1) - (gain_v * cross).sum(-1)
-    x, v = (jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried) for gain in (gain_x, gain_v))
-    return x, v, jnp.sqrt(jnp.clip(jnp.swapaxes(variance, -1, -2), 1e-6))
+    return combine(gain_x, carried), combine(gain_v, carried), jnp.sqrt(jnp.clip(jnp.swapaxes(variance, -1, -2), 1e-6))
 
 
 def others_gain(levels, k):
@@ -141,7 +152,7 @@ def preconditioned(network, prior: Prior, sweep: int = 0):
             # What moves with the car is near it whatever the way: its frames are as alike as those of a standing car.
             near = covariance(conditions.frame_times, corridor.way(conditions.waypoints), prior.weights) if corridor.moves else k
             own = others_gain(levels, near) if corridor.moves else gain
-            seen.append(jax.lax.stop_gradient(jnp.einsum("bvcij,bvijhwc->bvihwc", own, guess)))
+            seen.append(jax.lax.stop_gradient(combine(own, guess)))
         f = network(jnp.concatenate(seen, -1), levels, conditions)
         return (v + std[:, :, :, None, None] * f) @ basis.T
 
