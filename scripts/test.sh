@@ -3,7 +3,7 @@
 #   bash scripts/test.sh                 all but the slow ones
 #   bash scripts/test.sh --slow          all; other arguments go to pytest
 #   bash scripts/test.sh -k video -x     for example
-# On the CPU unless JAX_PLATFORMS says otherwise.
+# Files go to workers in the order of tests/conftest.py. On the CPU unless JAX_PLATFORMS says otherwise.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -15,4 +15,4 @@ done
 bash "$root/scripts/setup.sh" --test
 cd "$root"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-exec .venv/bin/python -m pytest -m "$marker" -n "${WORKERS:-2}" --dist loadfile ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -m pytest -m "$marker" -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder ${arguments[@]+"${arguments[@]}"}

@@ -20,8 +20,13 @@ jax.config.update("jax_compilation_cache_dir", str(_cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+# Files that take longest, first of all, or they would be what one of two workers still does when the other has nothing left.
+LONGEST = ("test_several_processes", "test_train_step", "test_notebook", "test_demo", "test_generate_meshes", "test_generate", "test_parallel_modes")
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked tpu_backend compile for TPUs ahead of time: they are skipped where the compiler is not installed."""
+    """The order of the files. Tests marked tpu_backend compile for TPUs ahead of time: they are skipped where the compiler is not installed."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if importlib.util.find_spec("libtpu") is None:
         for item in items:
             if item.get_closest_marker("tpu_backend"):

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from mila_jax.model import precondition
 from mila_jax.model.motion import CORRIDORS, carry
 from mila_jax.model.precondition import (
     SCALES, Prior, correlation_parts, covariance, fit_weights, inverse, linear_denoiser, measure_prior, others_gain, preconditioned,
@@ -199,6 +201,14 @@ def test_the_sweep_shows_the_network_what_the_others_say_over_each_corridor():
         want = jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried)
         np.testing.assert_allclose(seen["input"][..., 4 + 2 * number : 6 + 2 * number], want, atol=1e-5)
     assert seen["input"].shape[-1] == 4 + 2 * len(CORRIDORS)
+
+
+@pytest.mark.parametrize("one_cpu", [True, False])
+def test_frames_are_combined_alike_on_every_device(one_cpu, monkeypatch):
+    monkeypatch.setattr(precondition, "for_one_cpu", lambda: one_cpu)
+    gain, carried = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 3, 4, 5, 5), (2, 3, 5, 5, 2, 3, 4)]))
+    want = np.einsum("bvcij,bvijhwc->bvihwc", np.asarray(gain, np.float64), np.asarray(carried, np.float64))
+    np.testing.assert_allclose(jax.jit(precondition.combine)(gain, carried), want, atol=1e-5)
 
 
 def test_what_drives_along_is_found_again_where_it_was():

@@ -128,9 +128,9 @@ def test_test_script_passes_arguments_on(prepared, tmp_path):
     for script in ("scripts/test.sh", ".ci/run"):
         done = run(root / script, "-k", "a b", "-x", path=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == f"{root}|JAX_PLATFORMS=cpu|-m pytest -m not slow -n 2 --dist loadfile -k a b -x"
+        assert done.stdout.splitlines()[-1] == f"{root}|JAX_PLATFORMS=cpu|-m pytest -m not slow -n 2 --dist loadfile --no-loadscope-reorder -k a b -x"
     done = run(root / "scripts" / "test.sh", "--slow", path=tmp_path, JAX_PLATFORMS="cuda")
-    assert done.stdout.splitlines()[-1] == f"{root}|JAX_PLATFORMS=cuda|-m pytest -m  -n 2 --dist loadfile"
+    assert done.stdout.splitlines()[-1] == f"{root}|JAX_PLATFORMS=cuda|-m pytest -m  -n 2 --dist loadfile --no-loadscope-reorder"
 
 
 def test_demo_script_leaves_the_platform_alone(prepared, tmp_path):

@@ -1,8 +1,8 @@
 """Attention: one function for all, and the two modules of a block.
 
 Self-attention of the spatial block runs over all tokens of all views of one frame (eq. (3)): with one view it is exactly the
-base model's. Temporal self-attention runs over the frames at one place of one view. Batch axes are never merged: a merged axis
-of which one factor is split over the mesh has no sharding of its own, and the compiler would gather it.
+base model's. Temporal self-attention runs over the frames at one place of one view. But on one CPU, batch axes are never merged: a
+merged axis of which one factor is split over the mesh has no sharding of its own, and the compiler would gather it.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ def attend_text(q, k, v, mask=None):
     q = q * (1 / math.sqrt(q.shape[-1]))
     if for_one_cpu():
         flat = q.reshape(len(q), -1, *q.shape[-2:])  # one axis of queries: with several, products and softmax get copies between them
-        y = softmax_attention(*(jnp.swapaxes(y, 1, 2) for y in (flat, k, v)), None if mask is None else mask[:, None, None])
+        y = softmax_attention(*(jnp.swapaxes(a, 1, 2) for a in (flat, k, v)), None if mask is None else mask[:, None, None])
         return jnp.swapaxes(y, 1, 2).reshape(q.shape)
     # Modelled as above with cross-attention in the block: tokens in their own axes 8.44 ms, in one flat axis 8.45, softmax in bfloat16
     # 8.74. The axes stay apart, since a flat one could not stay split over frames or places.
