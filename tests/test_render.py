@@ -7,6 +7,9 @@ import pytest
 
 from data_pipeline.simulator.render import Renderer
 from data_pipeline.simulator.rig import load_rig
+from data_pipeline.simulator.shading import objects
+from data_pipeline.simulator.shapes import CABIN, actor_parts
+from data_pipeline.simulator.traffic import CAR, Actor, Still
 from data_pipeline.simulator.world import make_world
 from data_pipeline.simulator.write import SimulatorConfig, simulate
 from mila_jax import geometry
@@ -162,6 +165,38 @@ def test_pictures_are_exposed_smooth_and_of_the_right_types(views):
         # No per-pixel noise: neighbouring pixels mostly agree.
         assert np.median(np.abs(np.diff(image, axis=3))) <= 2
     assert views[NIGHT][1]["image"].mean() < 0.7 * views[DAY][1]["image"].mean()
+
+
+@pytest.mark.parametrize("variant", [0.2, 0.9])
+def test_a_car_has_windows_between_pillars_under_a_roof_of_its_paint(variant):
+    """Seen from close by the cabin fills the picture: all of one dark colour, nobody would know it for a car."""
+    row = actor_parts(Actor(CAR, (1.88, 4.5, 1.58), 1, Still(0, 0, 0), (0.9, 0.1, 0.1), variant))[1]
+    half, taper, waist = row[3:6], row[6], row[14]
+    assert row[13] == CABIN and np.isclose(waist, row[2] - half[2])
+    middle = waist + half[2]
+    shoulder = half[0] - taper * half[2] * 0.9  # half length just below the roof
+    places = {  # x, y, z, normal x, normal z
+        "front side window": (0.4 * half[0], half[1], middle, 0, 0), "rear side window": (-0.5 * half[0], -half[1], middle, 0, 0),
+        "windscreen": (half[0], 0, middle, 0.8, 0.6), "rear window": (-half[0], 0, middle, -0.8, 0.6),
+        "middle pillar": (-0.12 * half[0], half[1], middle, 0, 0), "front pillar": (0.97 * half[0], -half[1], middle, 0, 0),
+        "windscreen's pillar": (half[0], 0.96 * half[1], middle, 0.8, 0.6),
+        "over the doors": (0.4 * shoulder, half[1], waist + 1.95 * half[2], 0, 0), "roof": (0, 0, waist + 2 * half[2], 0, 1),
+    }  # fmt: skip
+    x, y, z, nx, nz = np.array(list(places.values()), np.float32).T
+    ones = np.ones_like(x)
+    hit = {
+        "x": x, "y": y, "z": z, "normal": (nx, 0 * ones, nz), "half": half[:, None] * ones, "taper": taper * ones, "colour": row[7:10, None] * ones,
+        "second": row[10:13, None] * ones, "kind": CABIN * ones.astype(int), "extra": waist * ones, "distance": 4 * ones, "facing": ones,
+    }  # fmt: skip
+    albedo, emission = objects(hit, {"night": 0.0}, 0.005)
+    red, painted = np.asarray(albedo[0]), {"middle pillar", "front pillar", "windscreen's pillar", "over the doors", "roof"}
+    assert {name for name, value in zip(places, red) if value > 0.7} == painted
+    assert {name for name, value in zip(places, red) if value < 0.3} == places.keys() - painted
+    assert not np.asarray(emission).any()
+    higher = np.asarray(objects(hit | {"z": z + np.float32(0.1)}, {"night": 0.0}, 0.005)[0])
+    assert (higher > albedo)[:, 0].all()  # as if the glass mirrored the sky
+    far = np.asarray(objects(hit | {"distance": 40 * ones}, {"night": 0.0}, 0.005)[0])[0]
+    np.testing.assert_allclose(far[:2], red[:2], atol=0.1)  # what is thinner than a pixel fades
 
 
 def test_an_empty_list_of_times_is_an_empty_result(worlds):

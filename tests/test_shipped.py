@@ -47,7 +47,7 @@ def test_files_are_small_and_belong_together(model):
 
 
 def test_reconstruction_of_new_streets(config):
-    """One scene may be harder than the average of many, which is 26.9 dB (MODEL_CARD.md); a broken autoencoder is far below both."""
+    """One scene may be harder than the average of many, which MODEL_CARD.md tells; a broken autoencoder is far below both."""
     images = held_out_images(config.data.nuscenes, config.data.version, config.data.image_size, 96)
     psnr, back = reconstruction(open_codec(config), images)
     card = training_card(SHIPPED_AUTOENCODER)

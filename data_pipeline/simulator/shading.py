@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from data_pipeline.simulator.ground import linear, pulses, step
+from data_pipeline.simulator.ground import band, linear, pulses, step
 from data_pipeline.simulator.shapes import BODY, BUILDING, CABIN, FOLIAGE, LIGHT, PANEL
 
 
@@ -59,6 +59,22 @@ def car_body(x, y, z, half, length, colour, normal_x, normal_z, night, foot):
     return albedo, tint * (lamp * power)
 
 
+def car_cabin(x, y, z, half, waist, taper, glass, paint, normal_x, normal_z, foot):
+    """Windows between pillars under a roof. x, y: own frame; z and waist, where it begins: above the ground. Albedo [3, p].
+
+    Glass is lighter towards the roof, as where it mirrors the sky, but the same from all sides: neighbouring cameras have to agree.
+    """
+    share = (z - waist) / (2 * half[2])
+    along = x / jnp.maximum(half[0] - taper * (z - waist - half[2]), 0.1)  # 1 at either end, however the cabin narrows
+    end = step(jnp.abs(normal_x) - 0.35, 0.2)
+    soft, low = foot / half[0], foot / (2 * half[2])  # a pixel's footprint in the units of `along` and `share`
+    posts = step(jnp.abs(along) - 0.84, soft) + band(along + 0.12, 0.07, soft)
+    pillars = end * step(jnp.abs(y) / half[1] - 0.86, foot / half[1]) + (1 - end) * posts
+    rails = step(share - 0.84, low) + step(0.08 - share, low)
+    frame = jnp.clip(pillars + rails + step(normal_z - 0.85, 0.1), 0, 1)
+    return _mix(_mix(glass, linear(0.50, 0.58, 0.64), 0.15 + 0.55 * jnp.clip(share, 0, 1)), paint, frame)
+
+
 def panels(x, z, half, top, colour, style, normal_x, normal_z, foot):
     """Bus sides (style 2) and lorry cabs (style 1): a band of glass. Albedo [3, p]."""
     share = z / top
@@ -86,8 +102,8 @@ def sky(direction, look):
 def objects(hit, look, foot_scale):
     """Albedo and emitted light of the box or ellipsoid a ray hit.
 
-    hit: dict of [p] or [k, p] arrays: local x, y, z (z above the ground), normal in own frame, half, colour, second, kind, extra,
-    distance, facing. foot_scale: pixel angle in radians. Returns albedo [3, p], emission [3, p].
+    hit: dict of [p] or [k, p] arrays: local x, y, z (z above the ground), normal in own frame, half, taper, colour, second, kind,
+    extra, distance, facing. foot_scale: pixel angle in radians. Returns albedo [3, p], emission [3, p].
     """
     kind, extra, second = hit["kind"], hit["extra"], hit["second"]
     nx, ny, nz = hit["normal"]
@@ -103,7 +119,7 @@ def objects(hit, look, foot_scale):
     walls = jnp.where(roof, linear(0.42, 0.41, 0.40), walls)
     glow = jnp.where(roof, 0.0, glow)
     body, lamps = car_body(x, y, z, half, extra, hit["colour"], nx, nz, night, foot)
-    cabin = jnp.where((nz > 0.85), second, hit["colour"])
+    cabin = car_cabin(x, y, z, half, extra, hit["taper"], hit["colour"], second, nx, nz, foot)
     panel = panels(x, z, half, 2 * half[2] + 0.35, hit["colour"], extra, nx, nz, foot)
     mottled = 1 + 0.16 * jnp.sin(2.1 * x + 5 * extra) * jnp.sin(2.3 * y) + 0.10 * jnp.sin(2.7 * z + 9 * extra)
     leaves = hit["colour"] * mottled

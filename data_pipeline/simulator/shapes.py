@@ -1,7 +1,8 @@
 """Road users and furniture as boxes and ellipsoids in their own frames: what the ray caster draws.
 
 A part is one row of `PART` numbers: centre x, y, z and half sizes (metres, own frame, z from the ground), taper (how much the
-half length shrinks per metre of height, which makes windscreens and gables), main colour, second colour (sRGB), kind, extra.
+half length shrinks per metre of height, which makes windscreens and gables), main colour, second colour (sRGB), kind, extra (of a BODY its
+length, of a CABIN the height at which it begins, of a PANEL its style, of a BUILDING or FOLIAGE its seed, of a LIGHT whether it is a signal).
 """
 
 import numpy as np
@@ -28,9 +29,9 @@ def _car(w, h, length, colour, variant):
     body = part((0, 0, (0.2 + waist) / 2), (x, y, (waist - 0.2) / 2), colour, kind=BODY, extra=length)
     height = (h - waist) / 2
     if tall:
-        cabin = part((-0.1 * x, 0, waist + height), (0.78 * x, 0.93 * y, height), GLASS, colour, kind=CABIN, taper=0.35)
+        cabin = part((-0.1 * x, 0, waist + height), (0.78 * x, 0.93 * y, height), GLASS, colour, kind=CABIN, taper=0.35, extra=waist)
     else:
-        cabin = part((-0.12 * x, 0, waist + height), (0.52 * x, 0.86 * y, height), GLASS, colour, kind=CABIN, taper=0.75)
+        cabin = part((-0.12 * x, 0, waist + height), (0.52 * x, 0.86 * y, height), GLASS, colour, kind=CABIN, taper=0.75, extra=waist)
     return [body, cabin]
 
 

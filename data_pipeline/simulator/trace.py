@@ -142,7 +142,7 @@ def trace(camera, rays, scene, look):
     wx, wy = nx * c - ny * s, nx * s + ny * c
     facing = jnp.abs(wx * d[0] + wy * d[1] + nz * d[2]) / norm
     hit = {
-        "x": x, "y": y, "z": pz + height, "normal": (nx, ny, nz), "half": half, "colour": row[7:10], "second": row[10:13],
+        "x": x, "y": y, "z": pz + height, "normal": (nx, ny, nz), "half": half, "taper": taper, "colour": row[7:10], "second": row[10:13],
         "kind": row[13].astype(jnp.int32), "extra": row[14], "distance": distance, "facing": facing,
     }  # fmt: skip
     nothing = jnp.zeros((3,) + t.shape, jnp.float32)
