@@ -88,11 +88,11 @@ def combine(gain, carried):
     """Σ_j gain_ij z_j for gain [b, v, c, t (i), t (j)] and carried frames z [b, v, t (i), t (j), h, w, c] → [b, v, t, h, w, c]."""
     if not for_one_cpu():
         return jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried)
-    # As a product, the compiler would carry one number at a time, frames innermost, to have them lie as the product wants them.
+    # As a product, the compiler would carry one number at a time, frames innermost, to have them lie as the product wants them; a sum without the
+    # loop would be taken in the order of the network's patches, which has the same fault.
     gain = jnp.moveaxis(gain, 2, -1)[..., None, None, :]
-    total = sum(gain[:, :, :, j] * carried[:, :, :, j] for j in range(carried.shape[3]))
-    # A product that changes nothing keeps this loop apart from the one that makes the network's patches, whose order has the same fault.
-    return total @ jnp.eye(total.shape[-1], dtype=total.dtype)
+    total = jnp.zeros(carried.shape[:3] + carried.shape[4:], carried.dtype)
+    return jax.lax.fori_loop(0, carried.shape[3], lambda j, y: y + gain[:, :, :, j] * carried[:, :, :, j], total)
 
 
 def linear_denoiser(carried, levels, k):
