@@ -1,7 +1,7 @@
 """Attention: one function for all, and the two modules of a block.
 
 Self-attention of the spatial block runs over all tokens of all views of one frame (eq. (3)): with one view it is exactly the
-base model's. Temporal self-attention runs over the frames at one place of one view. But on one CPU, batch axes are never merged: a
+base model's. Temporal self-attention runs over the frames at one place of one view. Except on one CPU, batch axes are never merged: a
 merged axis of which one factor is split over the mesh has no sharding of its own, and the compiler would gather it.
 """
 
