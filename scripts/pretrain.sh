@@ -15,7 +15,8 @@ $python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes" \
 $python -m mila_jax.train.autoencoder --data="$runs/nuscenes" --out="$runs/autoencoder" --steps=6000 --batch-size=8
 $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes" --config.data.dir="$runs/encoded" \
   --config.data.foreground=True --config.autoencoder.path="$autoencoder"
-short="--config.window.frames=8 --config.window.conditioning=2 --config.train.optimizer=adamw"  # as they were trained
+six="--config.model.sweep=6 --config.model.evidence=False"  # all but the last stage: the guide stays so
+short="--config.window.frames=8 --config.window.conditioning=2 --config.train.optimizer=adamw $six"  # as they were trained
 # A first network, smaller and without the sweep; the three stages grow it.
 $python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/base" --config.train.steps=4000 \
   $short --config.train.single_frame=0.1 --config.model.depth=4 --config.model.sweep=0 --config.train.context_rate=0 --config.window.tpd_strength=0.5
@@ -23,7 +24,7 @@ $python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/enco
 data="$runs/encoded"
 stage() {  # number, weights to start from, further arguments
   local number="$1" from="$2"; shift 2
-  $python -m mila_jax train --config="configs/tiny.py:stage${number%[bcdef]}" --config.data.dir="$data" --config.train.dir="$runs/stage$number" \
+  $python -m mila_jax train --config="configs/tiny.py:stage${number%[bcdefg]}" --config.data.dir="$data" --config.train.dir="$runs/stage$number" \
     --config.train.init_from="$from" --config.train.learning_rate=8e-4 --config.train.single_frame=0.2 --config.train.checkpoint_every=100 "$@"
 }
 # Windows of 2 + 12 frames at 1 Hz are longer than the scenes, so stage 1 has two rates; the patch embedding is new where the sweep enters.
@@ -38,7 +39,7 @@ stage 3 "$runs/stage2/model.safetensors" $first --config.train.steps=1300 --conf
 stage 3b "$runs/stage3/model.safetensors" $short --config.train.steps=1300 --config.train.warmup=50 --config.train.fps_weights="(0.4,0.55,0.05)" \
   --config.train.single_frame=0.15 --config.train.four_frames=0.2 --config.seed=2
 # Then windows of ten frames, and Muon: first with vehicles weighing more, then without, since that weight makes them more likely than they are.
-longer=(--config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" --config.train.fps_weights="(0.4,0.6)")
+longer=($six --config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" --config.train.fps_weights="(0.4,0.6)")
 stage 3c "$runs/stage3b/model.safetensors" "${longer[@]}" --config.train.steps=2480 --config.train.foreground_weight=2 --config.train.four_frames=0.6 \
   --config.seed=4
 stage 3d "$runs/stage3c/model.safetensors" "${longer[@]}" --config.train.steps=2700 --config.train.four_frames=0.7 --config.train.single_frame=0.15 \
@@ -61,12 +62,21 @@ $python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes_new"
 $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes_new" --config.data.dir="$runs/encoded_new" \
   --config.autoencoder.path="$autoencoder"
 data="$runs/encoded_new"
-last=(--config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" --config.train.fps_weights="(0.35,0.65)"
+last=($six --config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" --config.train.fps_weights="(0.35,0.65)"
   --config.train.four_frames=0.7 --config.train.single_frame=0.15)
 $python -m mila_jax train --config=configs/tiny.py --config.data.dir="$data" --config.train.dir="$runs/guide2" "${last[@]}" --config.model.depth=2 \
   --config.train.init_from="$runs/guide/model.safetensors" --config.train.learning_rate=8e-4 --config.train.steps=400 --config.seed=10
+stage 3f "$runs/stage3e/model.safetensors" "${last[@]}" --config.train.steps=1800 --config.seed=9
+# The network alone goes on with those and 200 scenes more of that seed, three corridors more and evidence for them.
+$python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes_new2" --config.simulate.seed=300 \
+  --config.simulate.scenes=330 --config.simulate.seconds=5 --config.simulate.val_scenes=2
+$python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes_new2" --config.data.dir="$runs/encoded_new2" \
+  --config.autoencoder.path="$autoencoder"
+data="$runs/encoded_new2"
 # This file says that its windows start from two frames; the shipped one was made to say four, which is generate.conditioning=4 here.
-stage 3f "$runs/stage3e/model.safetensors" "${last[@]}" --config.train.steps=1800 --config.seed=9 "$@"
+stage 3g "$runs/stage3f/model.safetensors" --config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" \
+  --config.train.fps_weights="(0.4,0.6)" --config.train.four_frames=0.7 --config.train.single_frame=0.15 \
+  --config.train.steps=2900 --config.seed=12 "$@"
 echo "$autoencoder"
-echo "$runs/stage3f/model.safetensors"
+echo "$runs/stage3g/model.safetensors"
 echo "$runs/guide2/model.safetensors"

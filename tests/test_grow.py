@@ -52,3 +52,10 @@ def test_only_larger_networks_of_the_same_kind():
     assert can_grow(SMALL, LARGE) and can_grow(SMALL, SMALL)
     for other in (dict(width=32), dict(depth=0), dict(in_channels=1), dict(heads=4), dict(out_channels=3)):
         assert not can_grow(SMALL, dataclasses.replace(SMALL, **other)), other
+
+
+def test_corridors_are_added_before_evidence_not_after():
+    small, large = dataclasses.replace(SMALL, sweep=4), dataclasses.replace(LARGE, sweep=6, evidence=True)
+    assert can_grow(small, large)
+    assert not can_grow(dataclasses.replace(small, evidence=True), large)
+    assert can_grow(dataclasses.replace(small, sweep=6, evidence=True), large)

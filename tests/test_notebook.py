@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import nbformat
+import pytest
 
 from mila_jax.evaluate.video import read_video
 from tests.train_probe import CACHE
@@ -26,6 +27,7 @@ def test_notebook_is_valid_and_clean():
     assert [c for c in code if "parameters" in c.metadata.get("tags", ())] == code[:1]
 
 
+@pytest.mark.slow
 def test_every_cell_runs(tmp_path):
     """Two drives of six seconds, two training steps, a video of one second, and one of a left turn."""
     pip = tmp_path / "bin" / "pip"

@@ -39,6 +39,8 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns
     in_channels: int = 4
     out_channels: int = 4  # of the velocity
+    sweep: int = 0  # of the in_channels, corridors of a preconditioned network (mila_jax/model/precondition.py),
+    evidence: bool = False  # and whether which of them is right is told (mila_jax/model/evidence.py)
     text_width: int = 4096
     text_length: int = 300
     mlp_ratio: float = 4.0

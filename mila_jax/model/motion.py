@@ -26,12 +26,14 @@ class Corridor(NamedTuple):
         return waypoints * (1 - self.moves)
 
 
-# The first is the one that the prior is fitted to. The others are other guesses at how far things are, as in a plane sweep: a parked car is 4 m
-# away, not 20, and where the carried frames of one guess agree with each other the network can tell that it is the right one. The last two are
-# of traffic: beside or ahead of us in our direction, and oncoming.
+# The first is the one that the prior is fitted to. The others are other guesses at how far things are, as in a plane sweep: a parked car is 2 to 5 m
+# away, not 20, and where the carried frames of one guess agree with each other the network can tell that it is the right one. Those that move
+# are of traffic: beside or ahead of us in our direction, oncoming, and oncoming in the next lane. Later ones come last: earlier weights know the
+# first six.
 CORRIDORS = (
     Corridor(20.0, 60.0), Corridor(4.5, 60.0), Corridor(9.0, 60.0), Corridor(40.0, 200.0),
     Corridor(4.5, 60.0, moves=1.0), Corridor(4.5, 60.0, moves=-1.0),
+    Corridor(2.0, 60.0), Corridor(2.2, 60.0, moves=-1.0), Corridor(3.0, 60.0),
 )  # fmt: skip
 
 
@@ -88,21 +90,26 @@ def look_up(points, own, intrinsics, extrinsics):
     return camera, jnp.clip(jnp.nan_to_num(best), 0, 1)
 
 
-def carry(latents, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRIDORS[0]):
+def carry(latents, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRIDORS[0], sources=None):
     """Latents of each frame j as the cameras at each frame i would see them.
 
-    latents [b, v, t, h, w, c]; waypoints [b, t, 3], intrinsics [b, v, t, 4], extrinsics [b, v, t, 7] as in `Conditions`. Returns
-    [b, v, t (i), t (j), h, w, c]; entries with i = j are the latents themselves.
+    latents [b, v, t, h, w, c]; waypoints [b, t, 3], intrinsics [b, v, t, 4], extrinsics [b, v, t, 7] as in `Conditions`; sources: numbers
+    [b, t, n] of the n frames that are carried to each frame, all of them when None. Returns [b, v, t (i), t or n (j), h, w, c]; entries with
+    i = j are the latents themselves.
     """
     b, v, t, h, w, c = latents.shape
+    if sources is None:
+        sources = jnp.broadcast_to(jnp.arange(t), (b, 1, t))  # the same ones for every i
     waypoints = corridor.way(waypoints)
     rays = camera_rays(intrinsics, extrinsics, h, w)  # [b, v, i, h, w, 3]
     points = corridor_points(extrinsics[..., None, None, :3], rays, corridor)
     yaw = waypoints[..., 2]
     here = jnp.concatenate([waypoints[..., :2], jnp.zeros_like(waypoints[..., :1])], -1)
     world = turn(points, yaw[:, None, :, None, None]) + here[:, None, :, None, None]
-    there = turn(world[:, :, :, None] - here[:, None, None, :, None, None], -yaw[:, None, None, :, None, None])  # [b, v, i, j, h, w, 3]
-    rig = [jnp.moveaxis(x, 1, 2)[:, None, None, :, None, None] for x in (intrinsics, extrinsics)]  # [b, 1, 1, j, 1, 1, v, …]
+    sample = jnp.arange(b)[:, None, None]
+    origin, heading = here[sample, sources], yaw[sample, sources]  # [b, i or 1, j, …]
+    there = turn(world[:, :, :, None] - origin[:, None, :, :, None, None], -heading[:, None, :, :, None, None])  # [b, v, i, j, h, w, 3]
+    rig = [jnp.moveaxis(x, 1, 2)[sample, sources][:, None, :, :, None, None] for x in (intrinsics, extrinsics)]  # [b, 1, i or 1, j, 1, 1, v, …]
     own = jnp.broadcast_to(jnp.arange(v)[None, :, None, None, None, None], there.shape[:-1])
     camera, place = look_up(there, own, *rig)
 
@@ -112,8 +119,8 @@ def carry(latents, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRI
     y = jnp.clip(place[..., 1] * h - 0.5, 0, h - 1)
     left, top = jnp.minimum(jnp.floor(x), max(w - 2, 0)).astype(jnp.int32), jnp.minimum(jnp.floor(y), max(h - 2, 0)).astype(jnp.int32)
     across, down = (x - left)[..., None], (y - top)[..., None]
-    sample, frame = jnp.arange(b)[:, None, None, None, None, None], jnp.arange(t)[None, None, None, :, None, None]
-    corner = (((sample * v + camera) * t + frame) * h + top) * w + left
+    frame = sources[:, None, :, :, None, None]
+    corner = (((sample[..., None, None, None] * v + camera) * t + frame) * h + top) * w + left
     right, below = min(1, w - 1), min(1, h - 1) * w
 
     def row(offset):
@@ -122,5 +129,5 @@ def carry(latents, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRI
     upper = row(0) * (1 - across) + row(right) * across
     lower = row(below) * (1 - across) + row(below + right) * across
     carried = upper * (1 - down) + lower * down
-    same = jnp.eye(t, dtype=bool)[:, :, None, None, None]
-    return jnp.where(same, latents[:, :, :, None], carried)
+    same = sources == jnp.arange(t)[:, None]  # [b, i, j]
+    return jnp.where(same[:, None, :, :, None, None, None], latents[:, :, :, None], carried)

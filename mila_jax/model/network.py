@@ -5,7 +5,7 @@ from flax import nnx
 from mila_jax.errors import UserError
 from mila_jax.model.dit import DiT, DiTConfig
 from mila_jax.model.motion import CORRIDORS
-from mila_jax.model.precondition import Prior, preconditioned
+from mila_jax.model.precondition import Prior, input_channels, preconditioned
 
 PRECONDITIONS = ("none", "motion")
 
@@ -21,9 +21,13 @@ def dit_config(model, latent_channels: int, image_size, text_width: int, text_le
     sweep = model.get("sweep", 0)  # of no consequence without the motion prior
     if not 0 <= sweep <= len(CORRIDORS):
         raise UserError(f"model.sweep={sweep} must lie between 0 and {len(CORRIDORS)}")
+    motion, evidence = model.precondition == "motion", model.get("evidence", False)
+    if motion and evidence and not sweep:
+        raise UserError("model.evidence=True needs corridors to choose from; set model.sweep, or model.evidence=False")
     config = DiTConfig(
         width=model.width, depth=model.depth, heads=model.heads, patch=tuple(model.patch),
-        in_channels=latent_channels * (2 + sweep if model.precondition == "motion" else 1), out_channels=latent_channels,
+        in_channels=input_channels(latent_channels, sweep, evidence) if motion else latent_channels, out_channels=latent_channels,
+        sweep=sweep if motion else 0, evidence=evidence and motion,
         text_width=text_width, text_length=text_length, mlp_ratio=model.mlp_ratio, image_size=tuple(image_size),
         input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
         fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), dtype=model.dtype, remat=model.remat,
@@ -46,4 +50,4 @@ def make_velocity(graphdef, params, config: DiTConfig, prior: Prior | None = Non
 
     if prior is None:
         return network
-    return preconditioned(network, prior, config.in_channels // config.out_channels - 2)
+    return preconditioned(network, prior, config.sweep, config.evidence)

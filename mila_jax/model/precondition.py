@@ -15,7 +15,8 @@ the velocity x_i - ε_i given all frames of the window are then closed-form (a t
     E[x | z] = K A M⁻¹ z,    E[v | z] = (K A - D) M⁻¹ z,    Var[v | z] = diag(K + I - (K A - D) M⁻¹ (K A - D)ᵀ)
 
 With `sweep` > 0 the network also sees what the *other* frames say of each frame, E[x_i | z_j, j ≠ i], carried over that many corridors
-(`motion.CORRIDORS`): a plane sweep. On a clean frame that shows which corridor is right, place by place, which holds for the noisy ones too.
+(`motion.CORRIDORS`): a plane sweep. On a clean frame that shows which corridor is right, place by place; `mila_jax.model.evidence` carries that
+to the noisy ones.
 
 The network sees y and E[x | z] and its output is scaled: v = E[v | z] + sqrt(Var[v | z]) · F. This is Karras et al. 2022's
 preconditioning with a prior over the window in place of a single variance; with K = identity it is theirs for rectified flow.
@@ -32,6 +33,7 @@ from scipy.optimize import nnls
 
 from mila_jax import geometry
 from mila_jax.model.cpu_gradients import for_one_cpu
+from mila_jax.model.evidence import evidence
 from mila_jax.model.motion import CORRIDORS, carry
 from mila_jax.views import view_index
 
@@ -131,8 +133,15 @@ def moments(levels, k):
     return keep[..., :, None] * k * keep[..., None, :] + eye * (levels[:, :, None, :, None] ** 2 + 1e-5)
 
 
-def preconditioned(network, prior: Prior, sweep: int = 0):
-    """Wraps `network(x [b, v, t, h, w, (2 + sweep) c], levels, conditions) -> F` into a velocity function (see the top of this file).
+def input_channels(channels: int, sweep: int, evidence: bool) -> int:
+    """Channels that a network preconditioned so sees, of latents with `channels`."""
+    return channels * (2 + sweep) + (channels + 2 * sweep if evidence else 0)
+
+
+def preconditioned(network, prior: Prior, sweep: int = 0, with_evidence: bool = False):
+    """Wraps `network(x [b, v, t, h, w, input_channels], levels, conditions) -> F` into a velocity function (see the top of this file).
+
+    The network sees the frames, their means, the guesses of the sweep, and with evidence the mixed guess and the misfits.
 
     The network sees and gives principal components. The prior always knows the waypoints: dropping them (guidance) concerns the
     network alone.
@@ -153,6 +162,8 @@ def preconditioned(network, prior: Prior, sweep: int = 0):
             near = covariance(conditions.frame_times, corridor.way(conditions.waypoints), prior.weights) if corridor.moves else k
             own = others_gain(levels, near) if corridor.moves else gain
             seen.append(jax.lax.stop_gradient(combine(own, guess)))
+        if with_evidence:
+            seen += jax.lax.stop_gradient(evidence(jnp.stack(seen[2:]), x, levels, conditions))
         f = network(jnp.concatenate(seen, -1), levels, conditions)
         return (v + std[:, :, :, None, None] * f) @ basis.T
 

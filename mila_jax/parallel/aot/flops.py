@@ -73,7 +73,7 @@ def matmuls(dit: DiTConfig, sizes: Sizes) -> list[Matmul]:
         out += _mlp(f"{kind}.mlp", rows, d, int(d * dit.mlp_ratio), d, dit.depth)
     out += [Matmul("final", rows, d, patch * outputs)]
     if dit.in_channels != dit.out_channels:  # preconditioned: means of x, of v and of each corridor from all frames, and two changes of basis
-        means = dit.in_channels // dit.out_channels
+        means = 2 + dit.sweep
         everything = b * v * sizes.frames * height * width
         out += [Matmul("precondition.means", means * everything, sizes.frames, channels, 1, 0)]
         out += [Matmul("precondition.components", everything, channels, channels, 1, 0), Matmul("precondition.latents", everything, channels, channels, 1, 1)]
