@@ -21,7 +21,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 # Files that take longest, first of all, or they would be what one of two workers still does when the other has nothing left.
-LONGEST = ("test_several_processes", "test_train_step", "test_notebook", "test_demo", "test_generate_meshes", "test_generate", "test_parallel_modes")
+LONGEST = ("test_several_processes", "test_train_step", "test_demo", "test_generate_meshes", "test_generate", "test_parallel_modes")
 
 
 def pytest_collection_modifyitems(items):

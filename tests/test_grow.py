@@ -5,11 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from mila_jax.model.conditions import from_clip
 from mila_jax.model.grow import can_grow, grow
 from mila_jax.model.network import make_velocity
+from mila_jax.model.precondition import SCALES, Prior, input_channels
 from mila_jax.model.stdit3_weights import create
 from mila_jax.model.weights import merge_parameters
 from tests.parallel_probe import CONFIG, make_clip
@@ -54,8 +56,34 @@ def test_only_larger_networks_of_the_same_kind():
         assert not can_grow(SMALL, dataclasses.replace(SMALL, **other)), other
 
 
-def test_corridors_are_added_before_evidence_not_after():
-    small, large = dataclasses.replace(SMALL, sweep=4), dataclasses.replace(LARGE, sweep=6, evidence=True)
-    assert can_grow(small, large)
-    assert not can_grow(dataclasses.replace(small, evidence=True), large)
-    assert can_grow(dataclasses.replace(small, sweep=6, evidence=True), large)
+@pytest.mark.parametrize(
+    "small, large, grows",
+    [
+        ((6, False), (9, True), True), ((6, False), (6, True), True), ((0, False), (4, False), True), ((9, True), (9, True), True),
+        ((6, False), (4, True), False), ((6, False), (5, True), False), ((4, True), (6, True), False), ((4, True), (6, False), False),
+    ],
+)  # fmt: skip
+def test_corridors_and_evidence_are_only_added_and_in_this_order(small, large, grows):
+    def sized(sweep, evidence):
+        return dataclasses.replace(SMALL, in_channels=input_channels(8, sweep, evidence), out_channels=8, sweep=sweep, evidence=evidence)
+
+    assert can_grow(sized(*small), sized(*large)) == grows
+
+
+def test_more_corridors_and_evidence_change_nothing_at_first():
+    r = np.random.default_rng(0)
+    small, large = (
+        dataclasses.replace(SMALL, in_channels=input_channels(2, sweep, told), sweep=sweep, evidence=told) for sweep, told in ((6, False), (9, True))
+    )
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * r.normal(size=x.shape), jnp.float32), create(small)[1])
+    arrays = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(params)}
+    fresh = create(large, seed=1)[1]
+    grown = merge_parameters(fresh, grow(arrays, small, large, fresh), source="test")
+    clip = make_clip()
+    x, c = jnp.asarray(clip["latents"], jnp.float32), from_clip(clip)
+    prior = Prior(np.eye(2, dtype=np.float32), np.full((x.shape[1], 2, len(SCALES)), 1 / len(SCALES), np.float32))
+    levels = jnp.where(jnp.arange(x.shape[2]) < 2, 0.0, 0.5) * jnp.ones(x.shape[:3])
+    before, after = (
+        jax.jit(lambda p, dit=dit: make_velocity(create(dit)[0], p, dit, prior)(x, levels, c))(p) for p, dit in ((params, small), (grown, large))
+    )
+    np.testing.assert_allclose(after, before, atol=1e-5)

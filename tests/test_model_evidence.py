@@ -9,40 +9,29 @@ from configs import tiny
 from mila_jax.errors import UserError
 from mila_jax.model import motion
 from mila_jax.model.evidence import NEARER, SHARPNESS, best_sources, evidence, misfits
-from mila_jax.model.motion import CORRIDORS, carry
+from mila_jax.model.motion import CORRIDORS
 from mila_jax.model.network import dit_config
 from mila_jax.model.precondition import SCALES, Prior, input_channels, preconditioned
-from tests.test_model_motion import _rig
-from tests.test_model_precondition import LEVELS, WAYPOINTS, _conditions, _weights
+from tests.test_model_motion import carried
+from tests.test_model_precondition import LEVELS, TIMES, WAYPOINTS, _conditions, _weights
 
 
 def test_misfits_are_means_over_the_neighbours_that_a_view_has():
-    guesses, known = jax.random.normal(jax.random.key(0), (2, 1, 6, 3, 4, 5, 2)), jax.random.normal(jax.random.key(1), (1, 6, 3, 4, 5, 2))
-    off = np.square(np.asarray(guesses) - np.asarray(known)).mean(-1)
+    guess, known = (jax.random.normal(jax.random.key(i), (1, 6, 3, 4, 5, 2)) for i in range(2))
+    off = np.square(np.asarray(guess) - np.asarray(known)).mean(-1)
     want = np.zeros_like(off)
     for row in range(4):
         for column in range(5):
             want[..., row, column] = off[..., max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2].mean((-2, -1))
-    np.testing.assert_allclose(misfits(guesses, known), want, rtol=1e-5)
+    np.testing.assert_allclose(misfits(guess, known), want, rtol=1e-5)
 
 
 def test_sources_are_the_cleanest_frames_nearest_in_time():
     levels = jnp.broadcast_to(jnp.asarray([0.0, 0.0, 1.0, 0.5, 0.2, 0.0]), (1, 6, 6))
     times = jnp.asarray([[-0.1, 0.0, 0.1, 0.2, 0.3, 5.0]])
-    assert best_sources(levels, times)[0, :, 0].tolist() == [1, 0, 1, 1, 1, 1]
-    assert best_sources(levels.at[..., :2].set(0.3), times)[0, :, 0].tolist() == [5, 5, 5, 5, 5, 4]
-
-
-def test_chosen_frames_are_carried_as_all_of_them_are():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 3, 4, 7, 5)), jnp.float32)
-    intrinsics, extrinsics = (jnp.broadcast_to(r, (2,) + r.shape[1:]) for r in _rig(3))
-    waypoints = jnp.asarray([[[0, 0, 0], [3.0, 1.0, 0.1], [8.0, 2.0, 0.2]], [[0, 0, 0], [1.0, 0.0, 0.3], [9.0, 1.0, 0.0]]])
-    sources = jnp.asarray([[[1], [2], [1]], [[2], [0], [2]]])  # one of them is the frame itself
-    chosen = motion.carry(x, waypoints, intrinsics, extrinsics, CORRIDORS[5], sources)
-    everything = motion.carry(x, waypoints, intrinsics, extrinsics, CORRIDORS[5])
-    for b in range(2):
-        for i in range(3):
-            np.testing.assert_allclose(chosen[b, :, i, 0], everything[b, :, i, int(sources[b, i, 0])], atol=1e-6)
+    assert best_sources(levels, times)[0].tolist() == [1, 0, 1, 1, 1, 1]
+    assert best_sources(levels.at[..., :2].set(0.3), times)[0].tolist() == [5, 5, 5, 5, 5, 4]
+    assert best_sources(jnp.zeros((1, 6, 4)), jnp.arange(4)[None] / 12)[0].tolist() == [1, 0, 1, 2]  # of two neighbours, the earlier
 
 
 def _seen(y, levels, weights, with_evidence, sweep=len(CORRIDORS)):
@@ -64,11 +53,11 @@ def test_what_the_network_is_told(sweep):
     assert seen.shape[-1] == input_channels(2, sweep, True) and plain.shape[-1] == input_channels(2, sweep, False)
     np.testing.assert_array_equal(seen[..., : plain.shape[-1]], plain)
     guesses = jnp.moveaxis(plain[..., 4:].reshape(*plain.shape[:-1], sweep, 2), -2, 0)
-    fit = misfits(guesses, plain[..., 2:4])
-    still = fit[np.array([k for k in range(sweep) if CORRIDORS[k].moves == 0])].min(0)
+    fit = [misfits(guess, plain[..., 2:4]) for guess in guesses]
+    still = jnp.stack([fit[k] for k in range(sweep) if CORRIDORS[k].moves == 0]).min(0)
     want, score = [], []
     for k in range(sweep):
-        own, best = (carry(x[..., None], WAYPOINTS, c.intrinsics, c.extrinsics, CORRIDORS[k])[..., 0] for x in (fit[k], still))
+        own, best = (carried(x[..., None], WAYPOINTS, c.intrinsics, c.extrinsics, CORRIDORS[k])[..., 0] for x in (fit[k], still))
         sources = [1, 0, 1, 1, 1]  # frames 0 and 1 are clean
         own, best = (jnp.stack([x[:, :, i, j] for i, j in enumerate(sources)], 2) for x in (own, best))
         want += [own, best]
@@ -94,26 +83,28 @@ def test_a_thing_that_drives_along_brings_its_evidence():
     assert float(error) < 0.2 * float(jnp.square(seen[:, :, 4, ..., 4:6] - picture[:, :, 4]).mean())  # of the street that stands still
 
 
-def test_no_gradient_and_no_number_that_is_none():
-    guesses, known = jnp.zeros((len(CORRIDORS), 1, 6, 5, 2, 3, 2)), jnp.zeros((1, 6, 5, 2, 3, 2))
-    mixed, roots = evidence(guesses, known, jnp.ones_like(LEVELS), _conditions())  # a perfect fit everywhere, and no frame is known
+def test_no_number_that_is_none():
+    """A perfect fit everywhere, and no frame that is known."""
+    guesses, known, c = [jnp.zeros((1, 6, 5, 2, 3, 2))] * len(CORRIDORS), jnp.zeros((1, 6, 5, 2, 3, 2)), _conditions()
+    places = [motion.find(2, 3, WAYPOINTS, c.intrinsics, c.extrinsics, corridor) for corridor in CORRIDORS]
+    mixed, roots = evidence(guesses, known, jnp.ones_like(LEVELS), TIMES, places)
     assert bool(jnp.isfinite(mixed).all()) and float(jnp.abs(roots).max()) < 2e-3
 
-    def total(y):
-        seen = []
-        preconditioned(lambda x, *_: seen.append(x) or jnp.zeros_like(x[..., :2]), Prior(np.eye(2, dtype=np.float32), _weights()), 4, True)(
-            y, LEVELS, _conditions()
-        )
-        return seen[0].sum()
 
-    assert float(jnp.abs(jax.grad(total)(jax.random.normal(jax.random.key(1), (1, 6, 5, 2, 3, 2)))).max()) == 0
+def test_the_first_corridors_are_those_that_older_weights_know():
+    assert CORRIDORS[:6] == ((20, 60, 0), (4.5, 60, 0), (9, 60, 0), (40, 200, 0), (4.5, 60, 1), (4.5, 60, -1))
 
 
 def test_evidence_needs_corridors():
     model = tiny.get_config().model
-    assert dit_config(model, 8, (64, 112), 16, 4).in_channels == input_channels(8, model.sweep, True)
-    model.sweep = 0
+    assert (model.sweep, model.evidence) == (9, True)
+    assert dit_config(model, 8, (64, 112), 16, 4).in_channels == 8 * (2 + 9) + 8 + 2 * 9
+    model.sweep, model.evidence = 6, False
+    assert dit_config(model, 8, (64, 112), 16, 4).in_channels == 64
+    model.sweep, model.evidence = 0, True
     with pytest.raises(UserError, match="model.sweep"):
         dit_config(model, 8, (64, 112), 16, 4)
     model.precondition = "none"  # then neither is of consequence
     assert dit_config(model, 8, (64, 112), 16, 4).in_channels == 8
+    with pytest.raises(ValueError, match="sweep"):
+        preconditioned(None, Prior(np.eye(2, dtype=np.float32), _weights()), 0, True)

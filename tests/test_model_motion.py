@@ -11,6 +11,11 @@ from mila_jax.views import VIEWS, view_index
 HEIGHT, WIDTH = 16, 28
 
 
+def carried(x, waypoints, intrinsics, extrinsics, corridor=motion.CORRIDORS[0]):
+    """Latents of all frames in all frames."""
+    return motion.carry(x, motion.find(*x.shape[3:5], waypoints, intrinsics, extrinsics, corridor))
+
+
 def _rig(frames: int):
     rig = load_rig()
     intrinsics = np.broadcast_to(rig.intrinsics[None, :, None], (1, 6, frames, 4))
@@ -39,7 +44,7 @@ def _inner(x):
 
 def test_a_car_that_stands_sees_its_own_pictures():
     x, intrinsics, extrinsics = _render(np.zeros((3, 3), np.float32))
-    y = motion.carry(x, jnp.zeros((1, 3, 3)), intrinsics, extrinsics)
+    y = carried(x, jnp.zeros((1, 3, 3)), intrinsics, extrinsics)
     assert y.shape == (1, 6, 3, 3, HEIGHT, WIDTH, 2)
     for i in range(3):
         for j in range(3):
@@ -49,12 +54,12 @@ def test_a_car_that_stands_sees_its_own_pictures():
 def test_straight_drive_through_a_corridor_is_predicted():
     waypoints = np.array([[0, 0, 0], [4, 0, 0], [9, 0, 0]], np.float32)
     x, intrinsics, extrinsics = _render(waypoints)
-    y = motion.carry(x, jnp.asarray(waypoints)[None], intrinsics, extrinsics)
+    y = carried(x, jnp.asarray(waypoints)[None], intrinsics, extrinsics)
     for view in ("CAM_FRONT_LEFT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT"):
         v = view_index(view)
         still = float(jnp.abs(_inner(x[0, v, 2] - x[0, v, 0])).mean())
-        carried = float(jnp.abs(_inner(y[0, v, 2, 0] - x[0, v, 2])).mean())
-        assert carried < 0.3 * still, (view, carried, still)
+        moved = float(jnp.abs(_inner(y[0, v, 2, 0] - x[0, v, 2])).mean())
+        assert moved < 0.3 * still, (view, moved, still)
     # The other way round in time, too: what lay ahead is then behind.
     v = view_index("CAM_FRONT_LEFT")
     assert float(jnp.abs(_inner(y[0, v, 0, 2] - x[0, v, 0])).mean()) < 0.3 * float(jnp.abs(_inner(x[0, v, 2] - x[0, v, 0])).mean())
@@ -68,7 +73,7 @@ def test_traffic_is_predicted_by_the_corridor_that_moves_with_it():
         x, intrinsics, extrinsics = _render(waypoints, paint)
         for moves in (0.0, 1.0, -1.0):
             corridor = motion.CORRIDORS[0]._replace(moves=moves)
-            y = motion.carry(x, jnp.asarray(waypoints)[None], intrinsics, extrinsics, corridor)
+            y = carried(x, jnp.asarray(waypoints)[None], intrinsics, extrinsics, corridor)
             errors[paint, moves] = float(jnp.abs(_inner(y[0, v, 2, 0] - x[0, v, 2])).mean())
     for paint in (0.0, 1.0, -1.0):
         assert all(errors[paint, paint] < 0.4 * errors[paint, moves] for moves in (0.0, 1.0, -1.0) if moves != paint), errors
@@ -81,7 +86,7 @@ def test_a_turn_on_the_spot_takes_from_the_neighbouring_camera():
     waypoints = np.array([[0, 0, 0], [0, 0, yaw]], np.float32)
     intrinsics, extrinsics = _rig(2)
     marked = jnp.zeros((1, 6, 2, HEIGHT, WIDTH, 1)).at[:, view_index("CAM_FRONT_LEFT")].set(1.0)
-    y = motion.carry(marked, jnp.asarray(waypoints)[None], intrinsics, extrinsics)
+    y = carried(marked, jnp.asarray(waypoints)[None], intrinsics, extrinsics)
     assert float(y[0, view_index("CAM_FRONT"), 1, 0, :, 8:20].mean()) > 0.9
     assert float(y[0, view_index("CAM_BACK"), 1, 0].mean()) < 0.1
 
@@ -90,11 +95,11 @@ def test_frames_carried_to_themselves_are_untouched():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 3, 4, 7, 5)), jnp.float32)
     intrinsics, extrinsics = (jnp.broadcast_to(r, (2,) + r.shape[1:]) for r in _rig(3))
     waypoints = jnp.asarray([[[0, 0, 0], [3.0, 1.0, 0.1], [8.0, 2.0, 0.2]]] * 2)
-    y = motion.carry(x, waypoints, intrinsics, extrinsics)
+    y = carried(x, waypoints, intrinsics, extrinsics)
     for i in range(3):
         np.testing.assert_array_equal(y[:, :, i, i], x[:, :, i])
     # Samples of a batch do not mix.
-    alone = motion.carry(x[1:], waypoints[1:], intrinsics[1:], extrinsics[1:])
+    alone = carried(x[1:], waypoints[1:], intrinsics[1:], extrinsics[1:])
     np.testing.assert_allclose(alone, y[1:], atol=1e-5)
 
 
@@ -103,8 +108,8 @@ def test_views_and_their_cameras_may_be_in_any_order():
     intrinsics, extrinsics = _rig(2)
     waypoints = jnp.asarray([[[0, 0, 0], [5.0, 0.5, 0.3]]])
     order = np.array([3, 1, 5, 0, 4, 2])
-    y = motion.carry(x, waypoints, intrinsics, extrinsics)
-    z = motion.carry(x[:, order], waypoints, intrinsics[:, order], extrinsics[:, order])
+    y = carried(x, waypoints, intrinsics, extrinsics)
+    z = carried(x[:, order], waypoints, intrinsics[:, order], extrinsics[:, order])
     np.testing.assert_allclose(z, y[:, order], atol=1e-5)
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from mila_jax.model import precondition
-from mila_jax.model.motion import CORRIDORS, carry
+from mila_jax.model.motion import CORRIDORS
 from mila_jax.model.precondition import (
     SCALES, Prior, correlation_parts, covariance, fit_weights, inverse, linear_denoiser, measure_prior, others_gain, preconditioned,
     principal_components,
 )  # fmt: skip
-from tests.test_model_motion import _rig
+from tests.test_model_motion import _rig, carried
 
 TIMES = jnp.asarray([[-1 / 12, 0.0, 1 / 12, 2 / 12, 0.5]])
 WAYPOINTS = jnp.asarray([[[-0.8, 0, 0], [0, 0, 0], [0.8, 0.1, 0.05], [1.7, 0.2, 0.1], [5.0, 0.5, 0.2]]])
@@ -100,7 +100,7 @@ def test_wrapper_scales_the_network_and_shows_it_the_estimate():
 
     v = preconditioned(network, Prior(basis, _weights()))(y, LEVELS, c)
     k = covariance(TIMES, WAYPOINTS, _weights())
-    x, base, std = linear_denoiser(carry(y @ basis, WAYPOINTS, c.intrinsics, c.extrinsics), LEVELS, k)
+    x, base, std = linear_denoiser(carried(y @ basis, WAYPOINTS, c.intrinsics, c.extrinsics), LEVELS, k)
     np.testing.assert_allclose(v @ basis - base, np.broadcast_to(std[:, :, :, None, None], v.shape), atol=1e-5)
     np.testing.assert_allclose(seen["input"][..., :2], y @ basis, atol=1e-6)
     np.testing.assert_allclose(seen["input"][..., 2:], x, atol=1e-6)
@@ -197,8 +197,7 @@ def test_the_sweep_shows_the_network_what_the_others_say_over_each_corridor():
     for number, corridor in enumerate(CORRIDORS):
         # A corridor that moves is as far as the car is from it, not from where it set out.
         gain = others_gain(LEVELS, covariance(TIMES, WAYPOINTS * (1 - corridor.moves), _weights()))
-        carried = carry(y, WAYPOINTS, c.intrinsics, c.extrinsics, corridor)
-        want = jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried)
+        want = jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried(y, WAYPOINTS, c.intrinsics, c.extrinsics, corridor))
         np.testing.assert_allclose(seen["input"][..., 4 + 2 * number : 6 + 2 * number], want, atol=1e-5)
     assert seen["input"].shape[-1] == 4 + 2 * len(CORRIDORS)
 

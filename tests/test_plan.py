@@ -90,7 +90,8 @@ def rotary(sizes):
         ("train", ("--config.model.pred_sigma=True", "--config.model.patch=(2,2,2)", "--config.model.precondition=none"), 0),
         ("train", ("--config.model.precondition=none", "--config.model.ray_rotary=True"), 1e-3),  # the rays' own rotation is left out
         ("train", ("--config.model.precondition=motion", "--config.model.sweep=0", "--config.model.evidence=False"), 0.02),
-        ("train", ("--config.model.precondition=motion", "--config.model.sweep=3"), 0.04),  # solves over t × t frames, rotations of rays and points and the like are left out
+        # Solves over t × t frames, rotations of rays and points, misfits and the like are left out.
+        ("train", ("--config.model.precondition=motion", "--config.model.sweep=3", "--config.model.evidence=True"), 0.04),
     ],
 )  # fmt: skip
 def test_the_list_of_matmuls_is_what_the_program_does(step, settings, tolerance):

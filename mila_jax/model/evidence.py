@@ -7,50 +7,56 @@ how well its own motion explains it, and how badly a street that stands still do
 explanations fit, but only the car's is one that standing things do not have.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from mila_jax.model.motion import CORRIDORS, carry
+from mila_jax.model.motion import CORRIDORS, fetch
 
 # Weights of the corridors in the mixed guess are exp(-(misfit - NEARER · misfit of the best that stands) / SHARPNESS), in latents of variance 1. Of a
 # small grid, these made the mixed guess least wrong under close vehicles.
 NEARER, SHARPNESS = 1.5, 0.1
 
 
-def misfits(guesses, known):
-    """Mean square difference [k, b, v, t, h, w] of guesses [k, b, v, t, h, w, c] from frames [b, v, t, h, w, c], over 3 × 3 neighbours in a view."""
-    off = jnp.square(guesses - known).mean(-1)
+def misfits(guess, known):
+    """Mean square difference [b, v, t, h, w] of a guess [b, v, t, h, w, c] from frames [b, v, t, h, w, c], over 3 × 3 neighbours in a view."""
+    off = jnp.square(guess - known).mean(-1)
 
     def total(x):
         return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1,) * (x.ndim - 2) + (3, 3), (1,) * x.ndim, "SAME")
 
-    return total(off) / total(jnp.ones((1,) * 4 + off.shape[-2:], off.dtype))
+    return total(off) / total(jnp.ones((1,) * (off.ndim - 2) + off.shape[-2:], off.dtype))
 
 
 def best_sources(levels, frame_times):
-    """For each frame, the other one that is known best: the cleanest, of equally clean ones the nearest in time.
+    """For each frame, the other one that is known best: the cleanest, of equally clean ones the nearest in time, of those the earlier.
 
-    levels [b, v, t], frame_times [b, t] seconds → numbers [b, t, 1].
+    levels [b, v, t], frame_times [b, t] seconds → numbers [b, t]. Needs two frames.
     """
-    gap = jnp.abs(frame_times[:, :, None] - frame_times[:, None])
-    cost = levels.mean(1)[:, None] + 1e-3 * gap
-    return jnp.argmin(jnp.where(jnp.eye(gap.shape[-1], dtype=bool), jnp.inf, cost), -1)[..., None]
+    ahead = frame_times[:, None] - frame_times[:, :, None]
+    cost = levels.mean(1)[:, None] + 1e-3 * jnp.abs(ahead) + 1e-5 * (ahead > 0)
+    return jnp.argmin(jnp.where(jnp.eye(levels.shape[-1], dtype=bool), jnp.inf, cost), -1)
 
 
-def evidence(guesses, known, levels, conditions):
+def evidence(guesses, known, levels, frame_times, places):
     """What is known of the first k `CORRIDORS` at each place.
 
-    guesses [k, b, v, t, h, w, c]: what the others say of each frame over each corridor; known [b, v, t, h, w, c]: the best estimate of
-    each frame; levels [b, v, t]. Returns the guesses mixed as the evidence says [b, v, t, h, w, c], and for each corridor two roots of misfits
-    [b, v, t, h, w, 2 k]: its own, and that of the best corridor that stands still, both carried along it.
+    guesses: k of [b, v, t, h, w, c], what the others say of each frame over each corridor; known [b, v, t, h, w, c]: the best estimate of
+    each frame; levels [b, v, t]; frame_times [b, t] seconds; places: k `motion.Places` of all frames in all frames. Returns the guesses mixed
+    as the evidence says [b, v, t, h, w, c], and for each corridor two roots of misfits [b, v, t, h, w, 2 k]: its own, and that of the best corridor
+    that stands still, both carried along it.
     """
-    fit = misfits(guesses, known)
-    corridors = CORRIDORS[: len(guesses)]
-    still = fit[jnp.asarray([k for k, corridor in enumerate(corridors) if not corridor.moves])].min(0)
-    sources = best_sources(levels, conditions.frame_times)
-    places = conditions.waypoints, conditions.intrinsics, conditions.extrinsics
-    both = [carry(jnp.stack([own, still], -1), *places, corridor, sources)[:, :, :, 0] for own, corridor in zip(fit, corridors)]
-    own, still = jnp.moveaxis(jnp.stack(both), -1, 0)
-    weights = jax.nn.softmax((NEARER * still - own) / SHARPNESS, 0)
-    roots = jnp.sqrt(jnp.concatenate(both, -1) + 1e-6)
-    return (weights[..., None] * guesses).sum(0), roots
+    fits = [misfits(guess, known) for guess in guesses]
+    still = functools.reduce(jnp.minimum, [fit for fit, corridor in zip(fits, CORRIDORS) if not corridor.moves])
+    sources = best_sources(levels, frame_times)[:, None, :, None, None, None]
+
+    def brought(fit, place):  # without an axis of channels: a minor axis of one or two numbers would take a TPU's 128 lanes
+        return fetch(fit[..., None], jax.tree.map(lambda x: jnp.take_along_axis(x, sources, 3)[:, :, :, 0], place))[..., 0]
+
+    own = [brought(fit, place) for fit, place in zip(fits, places)]
+    others = [brought(still, place) for place in places]
+    weights = jax.nn.softmax(jnp.stack([(NEARER * other - mine) / SHARPNESS for mine, other in zip(own, others)]), 0)
+    mixed = sum(weight[..., None] * guess for weight, guess in zip(weights, guesses))
+    told = jnp.stack([misfit for pair in zip(own, others) for misfit in pair], -1)
+    return mixed, jnp.sqrt(told + 1e-6)

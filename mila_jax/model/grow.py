@@ -14,8 +14,10 @@ BRANCH_ENDS = ("attn.proj.kernel", "attn.proj.bias", "cross.proj.kernel", "cross
 
 def can_grow(small: DiTConfig, large: DiTConfig) -> bool:
     """Whether `large` is `small` with more pairs or more input channels and otherwise has its sizes."""
-    same = all(getattr(small, key) == getattr(large, key) for key in ("width", "heads", "patch", "out_channels", "text_width", "text_length", "mlp_ratio"))
-    same &= small.sweep == large.sweep or not small.evidence  # what evidence adds comes after the corridors
+    sizes = ("width", "heads", "patch", "out_channels", "text_width", "text_length", "mlp_ratio")
+    same = all(getattr(small, key) == getattr(large, key) for key in sizes)
+    # Corridors come before what evidence adds, so that they can be added only while there is none.
+    same &= small.sweep == large.sweep and large.evidence if small.evidence else small.sweep <= large.sweep
     return same and small.depth <= large.depth and small.in_channels <= large.in_channels
 
 

@@ -90,44 +90,59 @@ def look_up(points, own, intrinsics, extrinsics):
     return camera, jnp.clip(jnp.nan_to_num(best), 0, 1)
 
 
-def carry(latents, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRIDORS[0], sources=None):
-    """Latents of each frame j as the cameras at each frame i would see them.
+class Places(NamedTuple):
+    """Where the points that frame i sees lie in frame j, each [b, v, t (i), t (j), h, w]: number of the upper left of four neighbours among all rows
+    of `latents.reshape(-1, c)`, and how far the point is towards the right and the lower ones, 0..1."""
 
-    latents [b, v, t, h, w, c]; waypoints [b, t, 3], intrinsics [b, v, t, 4], extrinsics [b, v, t, 7] as in `Conditions`; sources: numbers
-    [b, t, n] of the n frames that are carried to each frame, all of them when None. Returns [b, v, t (i), t or n (j), h, w, c]; entries with
-    i = j are the latents themselves.
+    corner: jnp.ndarray
+    across: jnp.ndarray
+    down: jnp.ndarray
+
+
+def find(height: int, width: int, waypoints, intrinsics, extrinsics, corridor: Corridor = CORRIDORS[0]) -> Places:
+    """Where each frame's points lie in every frame, for latents of height × width.
+
+    waypoints [b, t, 3], intrinsics [b, v, t, 4], extrinsics [b, v, t, 7] as in `Conditions`.
     """
-    b, v, t, h, w, c = latents.shape
-    if sources is None:
-        sources = jnp.broadcast_to(jnp.arange(t), (b, 1, t))  # the same ones for every i
+    b, v, t = intrinsics.shape[:3]
+    h, w = height, width
     waypoints = corridor.way(waypoints)
     rays = camera_rays(intrinsics, extrinsics, h, w)  # [b, v, i, h, w, 3]
     points = corridor_points(extrinsics[..., None, None, :3], rays, corridor)
     yaw = waypoints[..., 2]
     here = jnp.concatenate([waypoints[..., :2], jnp.zeros_like(waypoints[..., :1])], -1)
     world = turn(points, yaw[:, None, :, None, None]) + here[:, None, :, None, None]
-    sample = jnp.arange(b)[:, None, None]
-    origin, heading = here[sample, sources], yaw[sample, sources]  # [b, i or 1, j, …]
-    there = turn(world[:, :, :, None] - origin[:, None, :, :, None, None], -heading[:, None, :, :, None, None])  # [b, v, i, j, h, w, 3]
-    rig = [jnp.moveaxis(x, 1, 2)[sample, sources][:, None, :, :, None, None] for x in (intrinsics, extrinsics)]  # [b, 1, i or 1, j, 1, 1, v, …]
+    there = turn(world[:, :, :, None] - here[:, None, None, :, None, None], -yaw[:, None, None, :, None, None])  # [b, v, i, j, h, w, 3]
+    rig = [jnp.moveaxis(x, 1, 2)[:, None, None, :, None, None] for x in (intrinsics, extrinsics)]  # [b, 1, 1, j, 1, 1, v, …]
     own = jnp.broadcast_to(jnp.arange(v)[None, :, None, None, None, None], there.shape[:-1])
     camera, place = look_up(there, own, *rig)
-
-    # One flat table of rows of c numbers, and four neighbours a point.
-    table = latents.reshape(-1, c)
     x = jnp.clip(place[..., 0] * w - 0.5, 0, w - 1)
     y = jnp.clip(place[..., 1] * h - 0.5, 0, h - 1)
     left, top = jnp.minimum(jnp.floor(x), max(w - 2, 0)).astype(jnp.int32), jnp.minimum(jnp.floor(y), max(h - 2, 0)).astype(jnp.int32)
-    across, down = (x - left)[..., None], (y - top)[..., None]
-    frame = sources[:, None, :, :, None, None]
-    corner = (((sample[..., None, None, None] * v + camera) * t + frame) * h + top) * w + left
+    sample, frame = jnp.arange(b)[:, None, None, None, None, None], jnp.arange(t)[None, None, None, :, None, None]
+    return Places((((sample * v + camera) * t + frame) * h + top) * w + left, x - left, y - top)
+
+
+def fetch(latents, places: Places):
+    """Latents [b, v, t, h, w, c] at `places` [...], between four neighbours → [..., c]."""
+    h, w, c = latents.shape[-3:]
+    table = latents.reshape(-1, c)
+    across, down = places.across[..., None], places.down[..., None]
     right, below = min(1, w - 1), min(1, h - 1) * w
 
     def row(offset):
-        return jnp.take(table, corner + offset, axis=0, mode="clip")
+        return jnp.take(table, places.corner + offset, axis=0, mode="clip")
 
     upper = row(0) * (1 - across) + row(right) * across
     lower = row(below) * (1 - across) + row(below + right) * across
-    carried = upper * (1 - down) + lower * down
-    same = sources == jnp.arange(t)[:, None]  # [b, i, j]
-    return jnp.where(same[:, None, :, :, None, None, None], latents[:, :, :, None], carried)
+    return upper * (1 - down) + lower * down
+
+
+def carry(latents, places: Places):
+    """Latents of each frame j as the cameras at each frame i would see them.
+
+    latents [b, v, t, h, w, c]; places: of all frames in all frames. Returns [b, v, t (i), t (j), h, w, c]; entries with i = j are the
+    latents themselves.
+    """
+    same = jnp.eye(latents.shape[2], dtype=bool)[:, :, None, None, None]
+    return jnp.where(same, latents[:, :, :, None], fetch(latents, places))

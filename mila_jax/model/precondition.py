@@ -8,8 +8,8 @@ Gaussian process with covariance
 
     K_ij = w_0 δ_ij + Σ_k w_k exp(-|t_i - t_j| / τ_k - |p_i - p_j| / ℓ_k)
 
-over the frames' times t and the car's places p, with weights of its own for each component and view. With z_j = (1-σ_j) x_j + σ_j ε_j, the posterior mean and variance of x_i and of
-the velocity x_i - ε_i given all frames of the window are then closed-form (a t×t solve per component and view):
+over the frames' times t and the car's places p, with weights of its own for each component and view. With z_j = (1-σ_j) x_j + σ_j ε_j, the posterior
+mean and variance of x_i and of the velocity x_i - ε_i given all frames of the window are then closed-form (a t×t solve per component and view):
 
     A = diag(1-σ), D = diag(σ), M = A K A + D²
     E[x | z] = K A M⁻¹ z,    E[v | z] = (K A - D) M⁻¹ z,    Var[v | z] = diag(K + I - (K A - D) M⁻¹ (K A - D)ᵀ)
@@ -34,7 +34,7 @@ from scipy.optimize import nnls
 from mila_jax import geometry
 from mila_jax.model.cpu_gradients import for_one_cpu
 from mila_jax.model.evidence import evidence
-from mila_jax.model.motion import CORRIDORS, carry
+from mila_jax.model.motion import CORRIDORS, carry, find
 from mila_jax.views import view_index
 
 # Pairs (seconds, metres) over which a part of the correlation falls by e; the first stands for what no two frames share.
@@ -144,26 +144,30 @@ def preconditioned(network, prior: Prior, sweep: int = 0, with_evidence: bool = 
     The network sees the frames, their means, the guesses of the sweep, and with evidence the mixed guess and the misfits.
 
     The network sees and gives principal components. The prior always knows the waypoints: dropping them (guidance) concerns the
-    network alone.
+    network alone. Raises `ValueError` for evidence without corridors.
     """
+    if with_evidence and not sweep:
+        raise ValueError("evidence needs corridors to choose from: sweep is 0")
     basis = jnp.asarray(prior.basis, jnp.float32)
 
     def velocity(latents, levels, conditions):
         y = jax.lax.stop_gradient(latents.astype(jnp.float32) @ basis)
-        places = conditions.waypoints, conditions.intrinsics, conditions.extrinsics
-        carried = carry(y, *places)
+        rig = conditions.waypoints, conditions.intrinsics, conditions.extrinsics
+        places = [find(*y.shape[3:5], *rig, corridor) for corridor in CORRIDORS[: max(sweep, 1)]]
+        carried = carry(y, places[0])
         k = covariance(conditions.frame_times, conditions.waypoints, prior.weights)
         x, v, std = jax.lax.stop_gradient(linear_denoiser(carried, levels, k))
-        seen = [y, x]
         gain = others_gain(levels, k) if sweep else None
-        for corridor in CORRIDORS[:sweep]:
-            guess = carried if corridor == CORRIDORS[0] else carry(y, *places, corridor)
+        guesses = []
+        for corridor, place in zip(CORRIDORS[:sweep], places):
+            guess = carried if corridor == CORRIDORS[0] else carry(y, place)
             # What moves with the car is near it whatever the way: its frames are as alike as those of a standing car.
             near = covariance(conditions.frame_times, corridor.way(conditions.waypoints), prior.weights) if corridor.moves else k
             own = others_gain(levels, near) if corridor.moves else gain
-            seen.append(jax.lax.stop_gradient(combine(own, guess)))
+            guesses.append(jax.lax.stop_gradient(combine(own, guess)))
+        seen = [y, x, *guesses]
         if with_evidence:
-            seen += jax.lax.stop_gradient(evidence(jnp.stack(seen[2:]), x, levels, conditions))
+            seen += jax.lax.stop_gradient(evidence(guesses, x, levels, conditions.frame_times, places))
         f = network(jnp.concatenate(seen, -1), levels, conditions)
         return (v + std[:, :, :, None, None] * f) @ basis.T
 
@@ -228,6 +232,6 @@ def _pairs(frames: int) -> np.ndarray:
 
 def _compare(latents, waypoints, intrinsics, extrinsics):
     """Mean product of the first frame of each pair with the second, carried to it, and the first's mean square; both [n, v, c]."""
-    carried = carry(latents, waypoints, intrinsics, extrinsics)[:, :, 0, 1]
+    carried = carry(latents, find(*latents.shape[3:5], waypoints, intrinsics, extrinsics))[:, :, 0, 1]
     own = latents[:, :, 0]
     return (own * carried).mean((-3, -2)), (own * own).mean((-3, -2))

@@ -341,7 +341,11 @@ def _check_same_run(folder, beside_checkpoint: dict | None, config, now: dict) -
     if not path.exists() and not beside_checkpoint:
         return
     before = json.loads(path.read_text()) if path.exists() else beside_checkpoint
-    different = [f"{part}.{key}" for part in ("model", "window", "data_description") for key in now[part] if before.get(part, {}).get(key) != now[part][key]]
+    absent = {"model.evidence": False}  # settings that older runs do not name, and what they were
+    different = [
+        name for part in ("model", "window", "data_description") for key in now[part]
+        if before.get(part, {}).get(key, absent.get(name := f"{part}.{key}")) != now[part][key]
+    ]  # fmt: skip
     different += [] if before["seed"] == now["seed"] else ["seed"]
     start, start_before = (pathlib.Path(c["train"]["init_from"] or "").name for c in (now, before))  # the folder may have moved
     different += [] if start == start_before else ["train.init_from"]
