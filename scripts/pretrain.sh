@@ -76,7 +76,7 @@ data="$runs/encoded_new2"
 # This file says that its windows start from two frames; the shipped one was made to say four, which is generate.conditioning=4 here.
 stage 3g "$runs/stage3f/model.safetensors" --config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" \
   --config.train.fps_weights="(0.4,0.6)" --config.train.four_frames=0.7 --config.train.single_frame=0.15 \
-  --config.train.steps=2900 --config.seed=12 "$@"
+  --config.train.steps=2500 --config.seed=12 "$@"
 echo "$autoencoder"
 echo "$runs/stage3g/model.safetensors"
 echo "$runs/guide2/model.safetensors"
