@@ -156,7 +156,7 @@ def get_config() -> ConfigDict:
     # for the shipped model, and no guidance for others); 1 = none, and no guide is read. Recurrent videos of a minute get worse by it
     # (mila_jax/weights/MODEL_CARD.md).
     c.generate.guide = placeholder(str)
-    c.generate.guidance_model = 1.5
+    c.generate.guidance_model = 1.25
     c.generate.guidance_batched = True  # with and without conditions in one pass over a larger batch; False: one after the other, in less memory
     c.generate.shift = 1.0  # timestep shift R: times t → R t / (1 + (R - 1) t); 0 = Open-Sora's R for the image size and window
     c.generate.temperature = 1.0  # scale of the noise that frames start from; below 1: calmer pictures, less variety
