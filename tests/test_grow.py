@@ -1,6 +1,8 @@
 """Weights that start a larger network: the same function at the first step, and every new parameter can learn."""
 
 import dataclasses
+import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mila_jax.choose_model import SHIPPED
+from mila_jax.errors import UserError
 from mila_jax.model.conditions import from_clip
 from mila_jax.model.grow import can_grow, grow
 from mila_jax.model.network import make_velocity
 from mila_jax.model.precondition import SCALES, Prior, input_channels
 from mila_jax.model.stdit3_weights import create
-from mila_jax.model.weights import merge_parameters
+from mila_jax.model.weights import load_model, merge_parameters
+from mila_jax.train.loop import _check_same_run
+from mila_jax.train.trainer import Trainer
 from tests.parallel_probe import CONFIG, make_clip
 
 SMALL = dataclasses.replace(CONFIG, width=16, heads=2, depth=1, unroll=1)
@@ -87,3 +93,24 @@ def test_more_corridors_and_evidence_change_nothing_at_first():
         jax.jit(lambda p, dit=dit: make_velocity(create(dit)[0], p, dit, prior)(x, levels, c))(p) for p, dit in ((params, small), (grown, large))
     )
     np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+def test_a_start_with_other_corridors_that_cannot_grow_is_refused_by_name(tmp_path):
+    """The message names the settings, not a kernel's shape; with equal shapes nothing else would tell."""
+    trainer = types.SimpleNamespace(
+        config=types.SimpleNamespace(train=types.SimpleNamespace(init_from=str(SHIPPED)), seed=0),
+        dit=dataclasses.replace(load_model(SHIPPED).dit, sweep=4), _check_start=lambda described: None,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="model.sweep=9, model.evidence=True, which cannot go on with 4"):
+        Trainer.initial_state(trainer)
+
+
+def test_runs_from_before_evidence_go_on_without_it(tmp_path):
+    now = {"model": {"width": 16, "evidence": False}, "window": {}, "data_description": {}, "seed": 0, "train": {"init_from": None}}
+    before = now | {"model": {"width": 16}}
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    _check_same_run(tmp_path, None, None, now)
+    with pytest.raises(UserError, match="another model.evidence;"):
+        _check_same_run(tmp_path, None, None, now | {"model": {"width": 16, "evidence": True}})
+    with pytest.raises(UserError, match="another model.width;"):
+        _check_same_run(tmp_path, None, None, now | {"model": {"width": 8, "evidence": False}})
