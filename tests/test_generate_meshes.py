@@ -1,7 +1,6 @@
 """Videos made on a mesh are those of one device: `tests/generate_probe.py` in one child process with eight host devices."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from mila_jax.errors import UserError
 from mila_jax.generate import Generator
 from mila_jax.rollout_program import evaluations, generation_mesh
 from tests.generate_probe import make_config, make_model, make_starts, with_smaller_guide
+from tests.host_devices import host_devices
 
 ONE = dict(data=1, fsdp=1, context=1, tensor=1)
 CASES = {
@@ -32,11 +32,9 @@ def results(tmp_path_factory):
     """name/what → array."""
     folder = tmp_path_factory.mktemp("meshes")
     (folder / "cases.json").write_text(json.dumps(CASES))
-    # Unoptimised machine code halves the time; what is split how is decided before.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     run = subprocess.run(
         [sys.executable, "-m", "tests.generate_probe", str(folder / "cases.json"), str(folder / "out.npz")], capture_output=True, text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, cwd=pathlib.Path(__file__).parents[1], timeout=900,
+        env=host_devices(8), cwd=pathlib.Path(__file__).parents[1], timeout=900,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     with np.load(folder / "out.npz") as z:

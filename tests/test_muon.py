@@ -1,7 +1,6 @@
 """Muon is optax's, and on a mesh no device works on a slice of a matrix."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from mila_jax.train.muon import RMS, muon, stacked, unstacked
 from mila_jax.train.optimizer import matrices
+from tests.host_devices import host_devices
 
 
 def tree(seed):
@@ -61,7 +61,7 @@ def told():
     """What `tests/muon_probe.py` found on eight host devices."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.muon_probe"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1], timeout=300,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=host_devices(8, optimized=True),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.split("RESULT")[1])

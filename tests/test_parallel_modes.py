@@ -4,13 +4,14 @@ The modes run in one child process with eight host devices (`tests/parallel_prob
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+
+from tests.host_devices import host_devices
 
 ONE = dict(data=1, fsdp=1, context=1, tensor=1)
 SPLIT = ONE | dict(fsdp=2, context=2, tensor=2)
@@ -46,11 +47,9 @@ def results(tmp_path_factory):
     """name → dict of arrays; `told`: loss and collectives."""
     folder = tmp_path_factory.mktemp("modes")
     (folder / "cases.json").write_text(json.dumps(CASES))
-    # Unoptimised machine code halves the time; partitioning and collectives are decided before.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     run = subprocess.run(
         [sys.executable, "-m", "tests.parallel_probe", str(folder / "cases.json"), str(folder / "out.npz")], capture_output=True, text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, cwd=pathlib.Path(__file__).parents[1], timeout=550,
+        env=host_devices(8), cwd=pathlib.Path(__file__).parents[1], timeout=550,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     with np.load(folder / "out.npz") as z:

@@ -14,6 +14,8 @@ import sys
 
 import ml_collections
 
+from tests.host_devices import host_devices
+
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = os.environ.get("MILA_TEST_CACHE", pathlib.Path.home() / ".cache" / "mila_jax_tests")
 
@@ -21,8 +23,7 @@ CACHE = os.environ.get("MILA_TEST_CACHE", pathlib.Path.home() / ".cache" / "mila
 def environment(devices: int = 1, **more) -> dict:
     """For a child: CPU with so many devices, compiled programs kept between tests. Of several processes only the first keeps them, so that
     unoptimised machine code, which compiles in half the time, is what is used with several devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}" + (" --xla_backend_optimization_level=0" if devices > 1 else "")
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "MILA_CACHE": str(CACHE), "PYTHONUNBUFFERED": "1"} | more
+    return host_devices(devices, optimized=devices == 1) | {"MILA_CACHE": str(CACHE), "PYTHONUNBUFFERED": "1"} | more
 
 
 def start(config_file, *arguments, devices: int = 1, **env) -> subprocess.Popen:
