@@ -83,6 +83,8 @@ def get_config() -> ConfigDict:
     c.window.frames = 8  # T, conditioning frames included
     c.window.conditioning = 2  # N clean first frames at 12 Hz
     c.window.anchor_stride = 6  # 12 Hz frames from one coarse frame to the next: 6 = 2 Hz, one of train.fps. Every window ends in the last of its own
+    # True: where windows have several coarse frames (4 + 6 frames and a stride of 3: two), all of them are anchors, not only the last.
+    c.window.inner_anchors = False
     c.window.anchor_error = 0.15  # a: how wrong a coarse anchor is taken to be (reconstructed)
     c.window.anchor_level = 0.4  # σ_a: noise level from which an anchor is corrected; at least anchor_error (reconstructed)
     c.window.tpd_family = "exponential"  # power | rational | exponential

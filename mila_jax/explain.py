@@ -27,8 +27,8 @@ def kinds_of(plan: RolloutPlan) -> dict[str, tuple[Windows, int]]:
 def roles(windows: Windows, number: int) -> list[str]:
     """What each frame of a window is: given, new, anchor (noisy, to be corrected) or kept (an anchor that stays)."""
     names = ["given" if i < windows.conditioning else "new" for i in range(windows.indices.shape[1])]
-    if windows.anchored[number]:
-        names[-1] = "anchor" if windows.anchor is not None else "kept"
+    for place in windows.places if windows.anchored[number] else ():
+        names[place] = "anchor" if windows.anchor is not None else "kept"
     return names
 
 

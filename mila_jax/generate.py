@@ -36,7 +36,10 @@ def make_plan(config, frames: int, given: int, chunks: Chunks | None = None) -> 
     """The rollout of `frames` frames at 12 Hz (or latents in chunks) after `given` first ones."""
     w, g = config.window, config.generate
     strategy = "divide_and_conquer" if g.strategy == "coarse_to_refine" and not g.jdc else g.strategy
-    return plan_rollout(frames, fps=FRAME_RATE, window=w.frames, conditioning=w.conditioning, anchor_stride=w.anchor_stride, strategy=strategy, given=given, chunks=chunks)
+    return plan_rollout(
+        frames, fps=FRAME_RATE, window=w.frames, conditioning=w.conditioning, anchor_stride=w.anchor_stride, strategy=strategy, given=given, chunks=chunks,
+        inner_anchors=w.get("inner_anchors", False),
+    )  # fmt: skip
 
 
 class WindowConditions(NamedTuple):

@@ -238,7 +238,10 @@ def identity(generator: Generator, job: Job, codec, start, seed: int) -> dict:
     return {
         "weights": signature(generator.model, g), "autoencoder": [codec.sha256, generator.model.data.get("temporal_sha256")], "seed": seed, "frames": plan.frames, "start": start.digests(),
         "generate": {"strategy": plan.strategy, "guidance_text": g.guidance_text, "guidance_waypoints": g.guidance_waypoints},
-        "window": {"frames": plan.window, "conditioning": plan.conditioning, "anchor_stride": plan.anchor_stride, "given": plan.given},
+        "window": {
+            "frames": plan.window, "conditioning": plan.conditioning, "anchor_stride": plan.anchor_stride, "given": plan.given,
+            "inner_anchors": bool(plan.refine and plan.refine.inner),
+        },
         "sampler": dataclasses.asdict(generator.options),
     }  # fmt: skip
 

@@ -148,6 +148,8 @@ def test_plain_cases_are_exactly_plain():
     anchored = _run(continuing, plan_rollout(20, **sizes), options=options)
     recurrent = _run(continuing, plan_rollout(20, strategy="recurrent", **sizes), options=options)
     assert jnp.array_equal(anchored.latents, recurrent.latents)
+    inner = _run(continuing, plan_rollout(20, anchor_stride=3, inner_anchors=True, **sizes), options=options)
+    assert jnp.array_equal(inner.latents, recurrent.latents)
     plan = plan_rollout(6, strategy="recurrent", **sizes)
     noise = noise_like(window_keys(jax.random.key(0), B, "refine", 0), (B, V, 8, H, W, C))[:, :, 2:]
     x = jnp.concatenate([_truth([-1, 0]), noise], axis=2)
@@ -170,10 +172,12 @@ def test_same_seed_same_video_for_any_batch():
     np.testing.assert_allclose(_run(_restless, plan, key=3, batch=1).latents, video.latents[:1], atol=1e-6)
 
 
-@pytest.mark.parametrize("strategy, given, stride", [("coarse_to_refine", 2, 6), ("coarse_to_refine", 1, 12), ("divide_and_conquer", 2, 6), ("recurrent", 1, 6)])
+@pytest.mark.parametrize("strategy, given, stride", [
+    ("coarse_to_refine", 2, 6), ("coarse_to_refine", 1, 12), ("coarse_to_refine", 2, 3), ("divide_and_conquer", 2, 6), ("recurrent", 1, 6),
+])  # fmt: skip
 def test_streaming_resuming_and_one_call_give_the_same_bits(strategy, given, stride):
     """Window by window with a donated state, several at a time, and from windows kept by an interrupted run."""
-    plan = plan_rollout(40, window=8, conditioning=2, given=given, strategy=strategy, anchor_stride=stride)
+    plan = plan_rollout(40, window=8, conditioning=2, given=given, strategy=strategy, anchor_stride=stride, inner_anchors=True)
     rows, tables, key = _rows(plan), make_tables(plan, OPTIONS), jax.random.key(5)
     step = jax.jit(lambda *arguments: advance(_restless, *arguments), donate_argnums=0, compiler_options=QUICK)
     first = _truth(np.arange(1 - given, 1))
@@ -272,6 +276,35 @@ def test_coarse_frames_closer_than_windows_end():
     assert late.coarse.indices[0, :4].tolist() == [12, 13, 19, 25] and late.anchor_frames.tolist() == [25, 37, 49]
     many = plan_rollout(720, window=28, conditioning=4, anchor_stride=6)  # a minute of the published size: 120 coarse frames, 30 anchors
     assert (many.anchors, many.coarse.count, many.refine.count) == (30, 5, 30)
+
+
+def test_inner_anchors():
+    """All coarse frames of a window are anchors: each starts from its own, and is corrected or kept."""
+    sizes = dict(window=14, conditioning=2, anchor_stride=4, inner_anchors=True)
+    plan, key = plan_rollout(40, **sizes), jax.random.key(0)
+    assert plan.refine.places == (5, 9, 13) and plan.anchor_frames.tolist() == list(range(4, 49, 4)) and plan.anchors == 12
+    assert plan.refine.slots.tolist() == [2, 5, 8, 11] and plan.anchor_slots.tolist() == list(range(12))
+    video = _run(knowing, plan)
+    np.testing.assert_allclose(video.anchors, _truth(plan.anchor_frames) + WRONG, atol=1e-3)
+    np.testing.assert_allclose(video.corrected, _truth(plan.anchor_frames), atol=1e-3)
+    np.testing.assert_allclose(video.latents, _truth(np.arange(1, 41)), atol=1e-3)
+    untouched = _run(lambda latents, *_: jnp.zeros_like(latents), plan)  # what goes in comes out
+    for window in range(3):
+        noise = noise_like(window_keys(key, B, "refine", window), (B, V, 14, H, W, C))
+        for number, place in enumerate(plan.refine.places):
+            expected, _ = renoise(untouched.anchors[:, :, 3 * window + number], OPTIONS.sigma_a, OPTIONS.a, noise[:, :, place])
+            np.testing.assert_allclose(untouched.latents[:, :, 12 * window + place - 2], expected, atol=1e-6)
+    own = _run(_restless, plan)
+    assert jnp.array_equal(own.latents, _run(_restless, plan, anchors=np.asarray(own.anchors)).latents)
+    with pytest.raises(UserError, match="12 anchors"):
+        _run(knowing, plan, anchors=own.anchors[:, :, ::3])
+    kept = plan_rollout(40, strategy="divide_and_conquer", **sizes)
+    assert np.flatnonzero(kept.refine.clean).tolist() == [0, 1, 5, 9, 13]
+    video = _run(_restless, kept)
+    assert jnp.array_equal(video.latents[:, :, 3::4], video.anchors[:, :, :10]) and jnp.array_equal(video.corrected, video.anchors)
+    # Where each window has one coarse frame or fewer, nothing lies between.
+    for stride in (12, 24):
+        assert plan_rollout(40, window=14, conditioning=2, anchor_stride=stride, inner_anchors=True).refine.inner == ()
 
 
 def test_windows_longer_than_there_are_slots():

@@ -63,6 +63,8 @@ def test_window_schedule_rows():
     assert np.array_equal(anchored[:, :7], rows[:, :7])
     np.testing.assert_allclose(anchored[:, 7], 0.4 * rows[:, 7], atol=1e-7)
     assert anchored[0, 7] == np.float32(0.4) and not anchored[-1].any()
+    several = np.asarray(schedules.window_schedule(10, clean, anchor=(4, -1), family="power", alpha=0.5, shift=1.7, sigma_a=0.4, a=0.2))
+    np.testing.assert_allclose(several, rows * np.where(np.isin(np.arange(8), (4, 7)), np.float32(0.4), 1), atol=1e-7)
     kept = clean | (np.arange(8) == 7)
     kept_rows = np.asarray(schedules.window_schedule(10, kept))
     assert not kept_rows[:, 7].any()
@@ -71,6 +73,7 @@ def test_window_schedule_rows():
 
 @pytest.mark.parametrize("bad, word", [
     ({"anchor": 7, "sigma_a": 0.1, "a": 0.2}, "sigma_a"),
+    ({"anchor": (1, 7)}, "positions \\[1\\]"),
     ({"anchor": 7, "a": 1.0, "sigma_a": 1.0}, "a = 1.0"),
     ({"anchor": 7, "sigma_a": 0.0, "a": 0.0}, "sigma_a"),
     ({"anchor": 5}, "last noisy frame"),

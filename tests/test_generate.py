@@ -222,7 +222,7 @@ def test_the_command_takes_the_guide(trained, tmp_path, capsys):
     guided = [*arguments, f"--config.generate.guide={tmp_path}/guide.safetensors"]
     assert run(config, *arguments, f"--out={tmp_path}/plain") == 0 and run(config, *guided, f"--out={tmp_path}/guided") == 0
     plain, video = (read_generated(tmp_path / folder) for folder in ("plain", "guided"))
-    assert plain[0]["made_by"] == theirs.sha256 and video[0]["made_by"].startswith(f"{theirs.sha256}+") and video[0]["made_by"].endswith("@1.5")
+    assert plain[0]["made_by"] == theirs.sha256 and video[0]["made_by"].startswith(f"{theirs.sha256}+") and video[0]["made_by"].endswith(f"@{config.generate.guidance_model:g}")
     assert np.abs(video[1]["latents"].astype(np.float32) - plain[1]["latents"]).max() > 0.01
     capsys.readouterr()
     assert run(config, *guided, f"--out={tmp_path}/guided", "--config.generate.guidance_model=2") == 2 and "weights" in capsys.readouterr().err
@@ -233,7 +233,7 @@ def test_which_guide(trained):
     assert find_guide(config) is None and load_chosen(config).guide is None
     config.generate.guide = os.path.dirname(config.generate.weights)
     chosen = load_chosen(config)
-    assert chosen.guide.sha256 == chosen.sha256 and signature(chosen, config.generate) == f"{chosen.sha256}+{chosen.sha256}@1.5"
+    assert chosen.guide.sha256 == chosen.sha256 and signature(chosen, config.generate) == f"{chosen.sha256}+{chosen.sha256}@{config.generate.guidance_model:g}"
     config.generate.guidance_model = 1.0
     assert find_guide(config) is None and signature(load_chosen(config), config.generate) == chosen.sha256
     config.generate.update(guidance_model=1.5, guide="nowhere.safetensors")
@@ -330,6 +330,9 @@ def test_explain(trained, tmp_path, capsys):
     with Image.open(tmp_path / "e" / "schedule.png") as picture:
         assert picture.width > 3 * 8 * 30
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["schedule.png"]
+    inner = ["--config.generate.anchor_stride=3", "--config.window.inner_anchors=True"]
+    assert run(config, *arguments[:-1], *inner, f"--out={tmp_path}/e") == 0
+    assert "refine   1    12  -1 0 | 1 2 3* 4 5 6*" in capsys.readouterr().out
 
 
 def test_from_a_data_set(trained, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Training: the step, resuming, sharding, and errors."""
 
+import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -22,6 +22,7 @@ from mila_jax.train.checkpoint import Checkpoints, laid_out
 from mila_jax.train.metrics import MetricWriter, read_metrics
 from mila_jax.train.optimizer import learning_rate, make_optimizer
 from mila_jax.train.state import abstract_state
+from tests.host_devices import host_devices
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,10 @@ def test_roles_of_frames():
     assert not anchor[~fine].any() and not clean[~fine, 7].any()  # coarse windows have no anchor
     assert abs(anchor[fine, 7].mean() - 0.7 * 0.75) < 0.04
     assert abs(clean[fine, 7].mean() - 0.7 * 0.25) < 0.04
+    several = dataclasses.replace(objective, anchor_stride=3)  # frames 7 and 4 of a window together; frame 1 is given
+    inner_clean, inner = map(np.asarray, step.frame_roles(jax.random.key(0), clip, several))
+    assert np.array_equal(inner[:, 7], anchor[:, 7]) and np.array_equal(inner[:, 4], anchor[:, 7]) and not inner[:, [0, 1, 2, 3, 5, 6]].any()
+    assert np.array_equal(inner_clean[:, 7], clean[:, 7]) and np.array_equal(inner_clean[:, 4], clean[:, 7]) and inner_clean.sum() == clean.sum() + clean[:, 7].sum()
 
 
 def test_clean_frames_do_not_count(config):
@@ -171,9 +176,7 @@ def steps_on_meshes(config, tmp_path, meshes):
     c = with_dir(config, tmp_path / "run", epsilon=1e-4)
     c.data.image_size = tuple(c.data.image_size)
     (tmp_path / "config.json").write_text(c.to_json())
-    # Unoptimised machine code halves the time, and programs are kept between runs of the suite; what is split how is decided before.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}
+    env = host_devices(8) | {"JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir)}  # kept between runs of the suite
     run = subprocess.run(
         [sys.executable, "-c", SHARDED, str(tmp_path / "config.json"), json.dumps(meshes)], env=env, capture_output=True, text=True,
         cwd=pathlib.Path(__file__).parents[1], timeout=500,

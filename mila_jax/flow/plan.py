@@ -9,7 +9,8 @@ Frames are numbered at the video's rate, 0 = the last given frame; numbers ≤ 0
 - refine: windows [last N frames of the video, T − N new frames]. Where M is a multiple of T − N, the last new frame of every
   M/(T − N)-th window is an anchor: noisy and corrected (coarse_to_refine) or kept as it is (divide_and_conquer). The other windows
   (all of them without anchors, recurrent) are plain continuation. Where T − N is a multiple of M, every window ends in an anchor, each
-  (T − N)/M-th coarse frame; those between only carry the coarse stage on, at a rate that long windows are trained at.
+  (T − N)/M-th coarse frame; those between are anchors, too (`inner_anchors`, ours), or only carry the coarse stage on, at a rate that long
+  windows are trained at.
 
 Coarse-to-(re)fine thus is the recurrent strategy plus an anchor at the end of each window; a corrected anchor is part of the
 video and the last conditioning frame of the next window.
@@ -33,8 +34,8 @@ class Windows:
     if there are none; `conditioning`: clean first frames; `anchor`: position of the noisy tail anchor or None; `kept_anchor`: position
     of a tail anchor that stays as it is, or None; `fps`: rate of the generated frames (what the network's fps input is told);
     `video_fps`: rate that `indices` count in; `every`: each so-many-th window has the anchor; `stride`: each so-many-th coarse frame
-    is one. `chunks`: frames are a temporal autoencoder's
-    latents, of which `before` lie between the first of a chunk and frame 0.
+    is one; `inner`: positions of the coarse frames before it where these are anchors, too, noisy or kept as it is. `chunks`: frames are a
+    temporal autoencoder's latents, of which `before` lie between the first of a chunk and frame 0.
     """
 
     indices: np.ndarray
@@ -48,6 +49,7 @@ class Windows:
     stride: int = 1
     chunks: Chunks | None = None
     before: int = 0
+    inner: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -66,9 +68,26 @@ class Windows:
         return np.where(self.anchored, np.cumsum(self.anchored) * self.stride - 1, 0)
 
     @property
+    def places(self) -> tuple[int, ...]:
+        """Positions of the anchors of a window that ends in one, noisy or kept."""
+        tail = self.kept_anchor if self.anchor is None else self.anchor
+        return () if tail is None else (*self.inner, tail)
+
+    @property
+    def noisy_places(self) -> tuple[int, ...]:
+        """Those of anchors to be corrected."""
+        return () if self.anchor is None else self.places
+
+    @property
+    def steps_back(self) -> np.ndarray:
+        """How many coarse frames before the one in `slots` each of `places` is."""
+        return np.arange(len(self.places))[::-1]
+
+    @property
     def plain(self) -> "Windows":
         """The same windows without anchors."""
-        return dataclasses.replace(self, clean=np.arange(len(self.clean)) < self.conditioning, anchor=None, kept_anchor=None, every=1)
+        clean = np.arange(len(self.clean)) < self.conditioning
+        return dataclasses.replace(self, clean=clean, anchor=None, kept_anchor=None, every=1, inner=())
 
     @property
     def clean_mask(self) -> np.ndarray:
@@ -133,12 +152,18 @@ class RolloutPlan:
     @property
     def anchors(self) -> int:
         """Number of anchors used (0 without)."""
-        return 0 if self.refine is None else int(self.refine.anchored.sum())
+        return len(self.anchor_frames)
 
     @property
     def anchor_frames(self) -> np.ndarray:
         """`[A]` numbers of the frames that anchors are (the last may lie beyond F)."""
-        return np.zeros(0, int) if self.refine is None else self.refine.indices[self.refine.anchored, -1]
+        return np.zeros(0, int) if self.refine is None else self.refine.indices[self.refine.anchored][:, self.refine.places].reshape(-1)
+
+    @property
+    def anchor_slots(self) -> np.ndarray:
+        """`[A]` which coarse frames those are."""
+        w = self.refine
+        return np.zeros(0, int) if w is None else (w.slots[w.anchored][:, None] - w.steps_back).reshape(-1)
 
     @property
     def windows(self) -> int:
@@ -147,19 +172,22 @@ class RolloutPlan:
 
 
 def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: int, anchor_stride: int | None = None,
-                 strategy: str = "coarse_to_refine", given: int | None = None, chunks: Chunks | None = None) -> RolloutPlan:
+                 strategy: str = "coarse_to_refine", given: int | None = None, chunks: Chunks | None = None,
+                 inner_anchors: bool = False) -> RolloutPlan:
     """Plans a video of `frames` generated frames at `fps` per view.
 
     `window` T frames; `conditioning` N clean ones at its head; `anchor_stride` M frames between coarse frames, a multiple of T − N (the
     default) or a divisor of it; `given` number of first frames there are (default N; more than N is fine, the last N are used). `frames` need not be a multiple
-    of anything. `chunks`: frames are latents of a temporal autoencoder, 12 Hz video in chunks; the first given one begins a chunk. Raises UserError, naming the key, for sizes that do not fit.
+    of anything. `chunks`: frames are latents of a temporal autoencoder, 12 Hz video in chunks; the first given one begins a chunk. `inner_anchors`:
+    of several coarse frames in a window all are anchors, not the last alone. Raises UserError, naming the key, for sizes that do not fit.
     """
     anchor_stride = window - conditioning if anchor_stride is None else anchor_stride
     given = conditioning if given is None else given
     _check(frames, fps, window, conditioning, anchor_stride, strategy, given)
     if chunks is not None:
         _check_chunks(chunks, window, conditioning, given, None if strategy == "recurrent" else anchor_stride)
-        plain = plan_rollout(frames, fps=fps, window=window, conditioning=conditioning, anchor_stride=anchor_stride, strategy=strategy, given=given)
+        sizes = dict(window=window, conditioning=conditioning, anchor_stride=anchor_stride, inner_anchors=inner_anchors)
+        plain = plan_rollout(frames, fps=fps, strategy=strategy, given=given, **sizes)
         named = {name: _in_chunks(getattr(plain, name), chunks, given - 1) for name in ("bootstrap", "coarse", "refine")}
         return dataclasses.replace(plain, **named)
     bootstrap, start = None, 0  # start: number of the last frame that exists before the refine stage
@@ -174,11 +202,12 @@ def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: i
     coarse, every, stride = None, max(anchor_stride // step, 1), max(step // max(anchor_stride, 1), 1)
     if strategy != "recurrent" and count >= every:
         tail = window - 1
-        refine = dataclasses.replace(refine, every=every, stride=stride)
+        inner = tuple(range(tail - (stride - 1) * anchor_stride, tail, anchor_stride)) if inner_anchors else ()
+        refine = dataclasses.replace(refine, every=every, stride=stride, inner=inner)
         if strategy == "coarse_to_refine":
             refine = dataclasses.replace(refine, anchor=tail)
         else:
-            refine = dataclasses.replace(refine, kept_anchor=tail, clean=refine.clean | (np.arange(window) == tail))
+            refine = dataclasses.replace(refine, kept_anchor=tail, clean=refine.clean | np.isin(np.arange(window), (*inner, tail)))
         coarse = _coarse(start, count // every * stride, window, conditioning, anchor_stride, fps)
     return RolloutPlan(strategy, frames, fps, window, conditioning, anchor_stride, given, bootstrap, coarse, refine)
 

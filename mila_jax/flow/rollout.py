@@ -68,21 +68,23 @@ class SamplerOptions:
     def schedule(self, windows: Windows):
         """Levels `[K+1, T]` of a stage's windows (those with an anchor, if there are any)."""
         return window_schedule(
-            self.steps, windows.clean, anchor=windows.anchor, family=self.family, alpha=self.alpha,
+            self.steps, windows.clean, anchor=windows.noisy_places, family=self.family, alpha=self.alpha,
             sigma_a=self.sigma_a, a=self.a, shift=self.shift,
         )  # fmt: skip
 
 
 class Tables(NamedTuple):
-    """What kinds of windows do, in the order of `KINDS`; float32.
+    """What kinds of windows do, in the order of `KINDS`; float32 but for `back`.
 
     `levels [4, K+1, T]`: schedules. A window starts as keep · source + spread · ε, with `keep`, `spread` `[4, T]` and as source the
-    context, then zeros, then the anchor: (1, 0) on clean frames, (0, temperature) on new ones, eq. (9)'s on anchors to correct.
+    context, then coarse frames: (1, 0) on clean frames, (0, temperature) on new ones, eq. (9)'s on anchors to correct. `back [4, T]` int32: how
+    many coarse frames before the one that the window ends in each of them is (of consequence for anchors only).
     """
 
     levels: jax.Array
     keep: jax.Array
     spread: jax.Array
+    back: jax.Array
 
 
 class State(NamedTuple):
@@ -118,8 +120,7 @@ class Rollout(NamedTuple):
     """A long video in latents.
 
     `latents [B, V, F, h, w, c]`: frames 1 … F; `anchors [B, V, A, h, w, c]`: as the coarse stage gave them, `corrected`: as they
-    are in the video (frame numbers `plan.refine.indices[plan.refine.anchored, -1]`; the last may lie beyond F). Both None without
-    anchors.
+    are in the video (frame numbers `plan.anchor_frames`; the last may lie beyond F). Both None without anchors.
     """
 
     latents: jax.Array
@@ -144,6 +145,7 @@ def make_tables(plan: RolloutPlan, options: SamplerOptions) -> Tables:
     frames = plan.window
     levels, keep, spread = (np.zeros((len(KINDS), *shape), np.float32) for shape in ((options.steps + 1, frames), (frames,), (frames,)))
     keep[:] = 1
+    back = np.zeros((len(KINDS), frames), np.int32)
     for row, name in enumerate(KINDS):
         windows = kinds[name]
         if windows is None:
@@ -157,9 +159,10 @@ def make_tables(plan: RolloutPlan, options: SamplerOptions) -> Tables:
         levels[row] = np.where(context, options.context_level, levels[row])
         keep[row] = np.where(context, 1 - options.context_level, windows.clean)
         spread[row] = np.where(context, options.context_level, np.where(windows.clean, 0.0, options.temperature))
+        back[row, windows.places] = windows.steps_back
         if windows.anchor is not None:
-            keep[row, windows.anchor], spread[row, windows.anchor] = anchor
-    return Tables(levels, keep, spread)
+            keep[row, windows.places], spread[row, windows.places] = anchor
+    return Tables(levels, keep, spread, back)
 
 
 def make_rows(plan: RolloutPlan, conditions: dict, *, skip_coarse: bool = False) -> Rows:
@@ -172,7 +175,8 @@ def make_rows(plan: RolloutPlan, conditions: dict, *, skip_coarse: bool = False)
         if stage == "coarse" and skip_coarse:
             continue
         number, new = np.arange(windows.count), plan.window - plan.conditioning
-        slot = (dataclasses.replace(windows, stride=1) if skip_coarse else windows).slots  # of given anchors, none lies between
+        # Of given anchors, none lies between those that windows have.
+        slot = (dataclasses.replace(windows, stride=len(windows.places)) if skip_coarse else windows).slots
         kind = {"bootstrap": np.full(windows.count, 0), "coarse": np.full(windows.count, 1), "refine": 2 + windows.anchored}[stage]
         rows.append(Rows(
             kind=kind.astype(np.int32), part=window_part(stage, number), rewind=(number == 0) & (stage != "bootstrap"),
@@ -216,9 +220,8 @@ def start_window(state: State, row: Rows, tables: Tables, keys):
     frames, known = keep.shape[0], context.shape[2]
     shape = context.shape[:2] + (frames,) + context.shape[3:]
     noise = noise_like(keys, shape, context.dtype)
-    anchor = jax.lax.dynamic_index_in_dim(state.anchors, row.anchor, keepdims=False)[:, :, None]
-    middle = jnp.zeros(shape[:2] + (frames - known - 1,) + shape[3:], context.dtype)
-    source = jnp.concatenate([context, middle, anchor], axis=2)
+    coarse = jnp.moveaxis(state.anchors[row.anchor - tables.back[row.kind, known:]], 0, 2)
+    source = jnp.concatenate([context, coarse], axis=2)
     keep, spread = (align(jnp.broadcast_to(part, shape[:3]), source) for part in (keep, spread))
     return (keep * source + spread * noise).astype(context.dtype)
 
@@ -288,12 +291,12 @@ def collect(plan: RolloutPlan, windows, anchors=None) -> Rollout:
         if stage == "bootstrap":
             parts.append(flat(here[:, :, :, plan.given:]))
         elif stage == "coarse":
-            anchors = flat(here[:, :, :, plan.conditioning:])[:, :, plan.refine.slots[plan.refine.anchored]]
+            anchors = flat(here[:, :, :, plan.conditioning:])[:, :, plan.anchor_slots]
         else:
             parts.append(flat(here[:, :, :, plan.conditioning:]))
     corrected = None
     if anchors is not None:  # `here` are the refining windows, the last stage
-        corrected = xp.moveaxis(here[np.flatnonzero(plan.refine.anchored)][:, :, :, -1], 0, 2)
+        corrected = flat(here[np.flatnonzero(plan.refine.anchored)][:, :, :, np.array(plan.refine.places)])
     return Rollout(xp.concatenate(parts, axis=2)[:, :, :plan.frames], anchors, corrected)
 
 

@@ -70,13 +70,14 @@ def check_anchor(a: float, sigma_a: float) -> None:
         raise UserError(f"anchor level sigma_a = {sigma_a} is below the anchor error a = {a}: raise sigma_a or lower a")
 
 
-def window_schedule(steps: int, clean, *, anchor: int | None = None, family: str = "exponential", alpha: float = 0.5,
+def window_schedule(steps: int, clean, *, anchor: int | tuple[int, ...] | None = None, family: str = "exponential", alpha: float = 0.5,
                     sigma_a: float = 0.4, a: float = 0.15, shift: float = 1.0):
     """Levels of a whole window, `[K+1, T]`: 0 in every row for clean frames, TPD for the S noisy ones in their order.
 
-    `clean [T]` bool (NumPy); `anchor`: position of the noisy tail anchor, which must be the last noisy frame, or None. Its level
-    is f(g(t, last)) with f(σ) = σ_a·σ (JDC, reconstructed), so it starts at σ_a and ends with the others. `shift`: strength R of
-    the timestep transform on the shared times. Raises UserError for a window without noisy frames, a wrong anchor, σ_a < a.
+    `clean [T]` bool (NumPy); `anchor`: position of the noisy tail anchor, which must be the last noisy frame, or None; or those of
+    several (ours), the tail one last. Frame i's level, if it is one, is f(g(t, i)) with f(σ) = σ_a·σ (JDC, reconstructed), so it starts at
+    σ_a and ends with the others. `shift`: strength R of the timestep transform on the shared times. Raises UserError for a window without
+    noisy frames, a wrong anchor, σ_a < a.
     """
     clean = np.asarray(clean, bool)
     noisy = np.flatnonzero(~clean)
@@ -84,13 +85,15 @@ def window_schedule(steps: int, clean, *, anchor: int | None = None, family: str
         raise UserError(f"a window needs at least one frame to generate, got clean = {clean.tolist()}")
     rows = progress(sampling_times(steps, shift)[:, None], log_strength(~clean, alpha), family)
     rows = jnp.where(clean, 0.0, rows)
-    if anchor is None:
+    if anchor is None or anchor == ():
         return rows
     check_anchor(a, sigma_a)
-    anchor = range(clean.size)[anchor]
-    if anchor != noisy[-1]:
-        raise UserError(f"the noisy anchor must be the last noisy frame of its window ({noisy[-1]}), got position {anchor}")
-    return rows.at[:, anchor].multiply(sigma_a)
+    *inner, tail = (range(clean.size)[place] for place in (anchor if isinstance(anchor, tuple) else (anchor,)))
+    if tail != noisy[-1]:
+        raise UserError(f"the noisy anchor must be the last noisy frame of its window ({noisy[-1]}), got position {tail}")
+    if clean[inner].any():
+        raise UserError(f"an anchor to be corrected must be a noisy frame, got positions {inner} of clean = {clean.tolist()}")
+    return rows.at[:, np.array([*inner, tail])].multiply(sigma_a)
 
 
 def training_levels(level, clean, anchor, *, alpha=0.0, family: str = "exponential", sigma_a=0.4):

@@ -37,6 +37,7 @@ class Objective:
     context_rate: float = 0.0
     context_level: float = 0.0
     foreground_weight: float = 0.0
+    anchor_stride: int = 0
 
     @classmethod
     def from_config(cls, config) -> "Objective":
@@ -49,7 +50,7 @@ class Objective:
             level=t.level, tpd_rate=t.tpd_rate, tpd_family=w.tpd_family, tpd_strength=w.tpd_strength, anchor_level=w.anchor_level,
             anchor_rate=t.anchor_rate, anchor_noisy=t.anchor_noisy, text_drop=t.text_drop, waypoint_drop=t.waypoint_drop, ema=t.ema,
             explode=t.get("explode", 10.0), context_rate=t.get("context_rate", 0.0), context_level=t.get("context_level", 0.0),
-            foreground_weight=t.get("foreground_weight", 0.0),
+            foreground_weight=t.get("foreground_weight", 0.0), anchor_stride=w.anchor_stride if w.get("inner_anchors", False) else 0,
         )  # fmt: skip
 
 
@@ -57,17 +58,20 @@ DATA_RATE = 12.0  # frames per second of the (re)fine stage; only its windows en
 
 
 def frame_roles(key, clip, objective: Objective):
-    """Which frames are clean and which is a noisy anchor: two bool arrays [b, t] (the paper's training stages).
+    """Which frames are clean and which are noisy anchors: two bool arrays [b, t] (the paper's training stages).
 
     The first `clip["conditioning"]` frames are clean. At 12 Hz, a share `anchor_rate` of the samples ends in an anchor, of which
-    `anchor_noisy` are to be corrected (JDC) and the rest are clean (divide and conquer).
+    `anchor_noisy` are to be corrected (JDC) and the rest are clean (divide and conquer). With an `anchor_stride` above 0, further anchors
+    (ours) lie so many frames apart before that one.
     """
     b, _, t = clip["latents"].shape[:3]
     place = jnp.arange(t)
     has, noisy = jax.random.uniform(key, (2, b))
-    tail = ((has < objective.anchor_rate) & (clip["fps"] > DATA_RATE - 0.5))[:, None] & (place == t - 1)
-    anchor = tail & (noisy < objective.anchor_noisy)[:, None]
-    return (place < clip["conditioning"][:, None]) | (tail & ~anchor), anchor
+    where = (t - 1 - place) % objective.anchor_stride == 0 if objective.anchor_stride else place == t - 1
+    given = place < clip["conditioning"][:, None]
+    coarse = ((has < objective.anchor_rate) & (clip["fps"] > DATA_RATE - 0.5))[:, None] & where & ~given
+    anchor = coarse & (noisy < objective.anchor_noisy)[:, None]
+    return given | (coarse & ~anchor), anchor
 
 
 @jax.tree_util.register_dataclass
