@@ -152,6 +152,7 @@ def get_config() -> ConfigDict:
     c.generate.window = 0  # frames of a window, conditioning included; 0 = as trained, here and in the next two
     c.generate.conditioning = 0  # clean first frames of a window
     c.generate.anchor_stride = 0  # 12 Hz frames from one coarse frame to the next, a multiple or a divisor of the new frames of a window
+    c.generate.inner_anchors = placeholder(bool)  # window.inner_anchors; none: as trained
     c.generate.guidance_text = 1.0  # 1 = none
     c.generate.guidance_waypoints = 1.0
     # Autoguidance, `guidance_model` times as far from what a weaker model does: `guide` names its weights as `weights` does (none: the shipped guide

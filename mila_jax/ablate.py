@@ -18,7 +18,7 @@ import tqdm
 from data_pipeline.clips import read_scene
 from data_pipeline.records import read_index, write_atomically
 from mila_jax.choose_model import load_chosen, signature
-from mila_jax.decode import deciding, open_decoder
+from mila_jax.decode import deciding, deciding_window, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import resample
 from mila_jax.evaluate.efficientnet import FeatureExtractor
@@ -127,7 +127,7 @@ class Bench:
     def cell(self, variant: Variant, clip: tuple[str, float], alpha: float, a: float, sigma_a: float) -> dict:
         """features [t, 6, d] and statistics of the variant's video of a clip (scene, seconds), made or read."""
         config = self.settings(variant, alpha, a, sigma_a)
-        label = [signature(self.model, config.generate), dataclasses.asdict(variant), clip, deciding(config.generate), json.loads(config.window.to_json())]
+        label = [signature(self.model, config.generate), dataclasses.asdict(variant), clip, deciding(config.generate), deciding_window(config.window)]
         path = self.folder / (hashlib.sha256(json.dumps([*label, config.seed], sort_keys=True).encode()).hexdigest()[:20] + ".npz")
         return _kept(path, lambda: self._describe(self._video(variant, clip, config)))
 

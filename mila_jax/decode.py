@@ -1,6 +1,7 @@
 """From latents to pictures, a few at a time, so that a long video never lies in memory as pixels."""
 
 import dataclasses
+import json
 
 import numpy as np
 import tqdm
@@ -14,7 +15,13 @@ def deciding(generate) -> dict:
     """The settings of the config's section `generate` that decide what pictures come out, as plain values: what kept results are named by, with
     `choose_model.signature`."""
     found = {k: v for k, v in generate.to_dict().items() if k not in ("weights", "guide", "guidance_model", "decode_frames", "decode_views")}
-    return {k: v for k, v in found.items() if k != "decode_tile" or v}  # whole images are what results were named by before there were tiles
+    # Whole images, and anchors as trained, are what results were named by before there were tiles and inner anchors.
+    return {k: v for k, v in found.items() if not (k == "decode_tile" and not v or k == "inner_anchors" and v is None)}
+
+
+def deciding_window(window) -> dict:
+    """The same of the section `window`."""
+    return {k: v for k, v in json.loads(window.to_json()).items() if k != "inner_anchors" or v}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -234,8 +234,12 @@ def check_fits(model: WorldModel, codec, data_dir=None, video=None) -> None:
         )
     if model.data.get("autoencoder_sha256") != codec.sha256:
         raise UserError("the model was trained on latents of another autoencoder; set autoencoder.path to that one's file")
-    if data_dir is None:
-        return
+    if data_dir is not None:
+        check_data(model, data_dir)
+
+
+def check_data(model: WorldModel, data_dir) -> None:
+    """Raises `UserError` if the encoded data set is not of the kind that the model was trained on."""
     data = describe_data(data_dir)
     remedies = {
         "autoencoder_sha256": "prepare it with that autoencoder (autoencoder.path)",
@@ -270,4 +274,11 @@ def window_settings(model: WorldModel, config):
     w.frames, w.conditioning = g.window or w.frames, g.conditioning or w.conditioning
     new = w.frames - w.conditioning
     w.anchor_stride = g.anchor_stride or (w.anchor_stride if fits(w.anchor_stride, new, chunks_of(model.data)) else new)
+    trained, wanted = model.config.window.get("inner_anchors", False), g.get("inner_anchors")  # older models' files do not say
+    w.inner_anchors = trained if wanted is None else wanted
+    if wanted and g.strategy != "recurrent" and (w.anchor_stride >= new or new % w.anchor_stride):
+        raise UserError(
+            f"generate.inner_anchors=True needs several coarse frames in the {new} new frames of a window, not one every {w.anchor_stride}; "
+            f"set generate.anchor_stride to a smaller divisor of {new}, or generate.conditioning"
+        )
     return config

@@ -240,7 +240,7 @@ def identity(generator: Generator, job: Job, codec, start, seed: int) -> dict:
         "generate": {"strategy": plan.strategy, "guidance_text": g.guidance_text, "guidance_waypoints": g.guidance_waypoints},
         "window": {
             "frames": plan.window, "conditioning": plan.conditioning, "anchor_stride": plan.anchor_stride, "given": plan.given,
-            "inner_anchors": bool(plan.refine and plan.refine.inner),
+            **({"inner_anchors": True} if plan.refine and plan.refine.inner else {}),  # videos from before there were any are known by the rest
         },
         "sampler": dataclasses.asdict(generator.options),
     }  # fmt: skip

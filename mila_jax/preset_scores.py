@@ -18,7 +18,7 @@ from data_pipeline.clips import read_scene
 from data_pipeline.presets import Clip, clip_list_hash, get_preset, list_clips, scenes_of_encoded
 from data_pipeline.records import read_index, write_atomically
 from mila_jax.choose_model import load_chosen, signature
-from mila_jax.decode import deciding, open_decoder
+from mila_jax.decode import deciding, deciding_window, open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import i3d, protocol
 from mila_jax.evaluate.efficientnet import SMALLEST
@@ -199,7 +199,7 @@ class PresetBench:
         """Features and measures of one clip; names: see `_describe`. shown: folder that its video is put into, too (`shown_video`)."""
         label = [
             signature(self.model, self.config.generate), dataclasses.asdict(self.preset), dataclasses.asdict(clip), deciding(self.config.generate),
-            json.loads(self.config.window.to_json()), self.config.seed,
+            deciding_window(self.config.window), self.config.seed,
             [(n.score, n.sha256, n.preprocessing, [dataclasses.asdict(span) for span in spans]) for n, spans in zip(self.networks, self.spans)],
             [(m.key, m.sha256, m.preprocessing, m.first, m.views) for m in self.measures], self.real.described, self.decoder.codec.sha256,
         ]  # fmt: skip

@@ -6,7 +6,7 @@ DIR: a data set prepared with --config.data.foreground=True; its held-out scenes
 other frames are pure noise, and the network's estimate of the clean latents (variance 1) is compared with them: apart for places under
 vehicles, in frames of a view that they cover more than a fifth of, and for places in frames of a view that have none. What is sampled
 from there on can look sharper, but knows no more. Each rate is "fps,fps of the given frames". The windows are those with the most
-close vehicles, at most one starting in half a second of a scene, the same for every file.
+close vehicles in their first new frame, at most one starting in half a second of a scene: the same for every file, others for every rate.
 """
 
 import argparse
@@ -49,24 +49,22 @@ def most_covered(source, count: int):
 
 
 def errors(model, source, items, batch: int = 4):
-    """Mean square errors [frames, 2] of the new frames: under close vehicles, and where a view has none."""
+    """Mean square errors [frames, 2] of the new frames: under close vehicles, and where a view has none; NaN where the windows show no such place."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from mila_jax.flow.rectified_flow import data_estimate
     from mila_jax.model.conditions import from_clip
-    from mila_jax.model.network import make_velocity
 
     first = source.specs[0].conditioning
-    velocity = make_velocity(model.graphdef, model.params, model.dit, model.prior)
 
     @jax.jit
     def estimate(clip, key):
         latents = clip["latents"].astype(jnp.float32)
         level = jnp.broadcast_to((jnp.arange(latents.shape[2]) >= first).astype(jnp.float32), latents.shape[:3])
         noisy = jnp.where(level[..., None, None, None] > 0, jax.random.normal(key, latents.shape), latents)
-        return jnp.square(data_estimate(noisy, velocity(noisy, level, from_clip(clip)), level) - latents).mean(-1)[:, :, first:]
+        return jnp.square(data_estimate(noisy, model.velocity(noisy, level, from_clip(clip)), level) - latents).mean(-1)[:, :, first:]
 
     sums = np.zeros((source.specs[0].frames - first, 2, 2))
     for start in range(0, len(items), batch):
@@ -80,7 +78,7 @@ def errors(model, source, items, batch: int = 4):
         for kind, where in enumerate((vehicles & close, without)):
             sums[:, kind, 0] += np.where(where, error, 0).sum((0, 1, 3, 4))
             sums[:, kind, 1] += where.sum((0, 1, 3, 4))
-    return sums[..., 0] / np.maximum(sums[..., 1], 1)
+    return np.where(sums[..., 1] > 0, sums[..., 0] / np.maximum(sums[..., 1], 1), np.nan)
 
 
 def main() -> int:
@@ -92,6 +90,7 @@ def main() -> int:
     from data_pipeline.clips import ClipSource, ClipSpec
     from mila_jax.choose_model import weights_file
     from mila_jax.errors import UserError
+    from mila_jax.generate import check_data
     from mila_jax.model.weights import SHIPPED, load_model
 
     try:
@@ -102,6 +101,7 @@ def main() -> int:
             sources[f"{fps:g} Hz from {given:g} Hz"] = source, most_covered(source, options.windows)
         for name in options.weights:
             model = load_model(weights_file(name or SHIPPED))
+            check_data(model, options.data)
             for rate, (source, items) in sources.items():
                 close, rest = errors(model, source, items).T
                 line = "   ".join(f"{kind} " + " ".join(f"{x:.3f}" for x in of[:3]) for kind, of in (("vehicles", close), ("the rest", rest)))

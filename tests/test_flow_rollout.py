@@ -302,6 +302,8 @@ def test_inner_anchors():
     assert np.flatnonzero(kept.refine.clean).tolist() == [0, 1, 5, 9, 13]
     video = _run(_restless, kept)
     assert jnp.array_equal(video.latents[:, :, 3::4], video.anchors[:, :, :10]) and jnp.array_equal(video.corrected, video.anchors)
+    with pytest.raises(UserError, match="nothing is left to generate"):
+        plan_rollout(40, window=14, conditioning=2, anchor_stride=1, inner_anchors=True, strategy="divide_and_conquer")
     # Where each window has one coarse frame or fewer, nothing lies between.
     for stride in (12, 24):
         assert plan_rollout(40, window=14, conditioning=2, anchor_stride=stride, inner_anchors=True).refine.inner == ()

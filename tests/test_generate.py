@@ -19,6 +19,7 @@ from data_pipeline.nuscenes.reader import open_nuscenes
 from data_pipeline.records import read_index
 from mila_jax import cli, generate, rollout_program
 from mila_jax.choose_model import find_guide, load_chosen, signature, with_guide
+from mila_jax.decode import deciding, deciding_window
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
 from mila_jax.flow.rollout import collect
@@ -141,6 +142,14 @@ def test_sizes_of_windows_are_the_models_unless_generation_asks_for_others(train
     asked.generate.update(window=10, conditioning=4)
     sizes = generate.window_settings(model, asked).window
     assert (sizes.frames, sizes.conditioning, sizes.anchor_stride) == (10, 4, 6)
+    asked.window.inner_anchors = True  # the model's own counts
+    assert not generate.window_settings(model, asked).window.inner_anchors
+    inner = asked.copy_and_resolve_references()
+    inner.generate.update(inner_anchors=True, anchor_stride=3)
+    assert generate.make_plan(generate.window_settings(model, inner), 8, 4).refine.inner == (6,)
+    model.config.window.inner_anchors = True
+    assert generate.window_settings(model, asked).window.inner_anchors
+    model.config.window.inner_anchors = False
     start, _ = from_scene(read_scene(config.data.dir, name), 1.0, 4)
     generator = generate.Generator(model, generate.window_settings(model, asked))
     video, plan = generator([start], 8)
@@ -321,6 +330,14 @@ def test_a_window_that_cannot_be_kept_is_told(tmp_path, monkeypatch):
     assert sorted(path.name for path in kept.folder.iterdir()) == ["identity.json", "window-00000.npy"]
 
 
+def test_names_of_kept_results_do_not_change_with_settings_that_are_not_used(trained):
+    config = trained[0].copy_and_resolve_references()
+    before = deciding(config.generate), deciding_window(config.window)
+    assert all("inner_anchors" not in names for names in before) and "decode_tile" not in before[0]
+    config.generate.inner_anchors, config.window.inner_anchors = False, True
+    assert deciding(config.generate)["inner_anchors"] is False and deciding_window(config.window)["inner_anchors"] is True
+
+
 def test_explain(trained, tmp_path, capsys):
     config, name = trained
     arguments = ["generate", f"--data={config.data.dir}", f"--scene={name}", "--seconds=2", "--explain", "--config.generate.anchor_stride=12"]
@@ -330,9 +347,11 @@ def test_explain(trained, tmp_path, capsys):
     with Image.open(tmp_path / "e" / "schedule.png") as picture:
         assert picture.width > 3 * 8 * 30
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["schedule.png"]
-    inner = ["--config.generate.anchor_stride=3", "--config.window.inner_anchors=True"]
+    inner = ["--config.generate.anchor_stride=3", "--config.generate.inner_anchors=True"]
     assert run(config, *arguments[:-1], *inner, f"--out={tmp_path}/e") == 0
     assert "refine   1    12  -1 0 | 1 2 3* 4 5 6*" in capsys.readouterr().out
+    assert run(config, *arguments[:-1], "--config.generate.anchor_stride=6", inner[1], f"--out={tmp_path}/e") == 1
+    assert "generate.inner_anchors=True needs several coarse frames in the 6 new frames" in capsys.readouterr().err
 
 
 def test_from_a_data_set(trained, tmp_path, capsys):

@@ -105,12 +105,15 @@ def test_a_start_with_other_corridors_that_cannot_grow_is_refused_by_name(tmp_pa
         Trainer.initial_state(trainer)
 
 
-def test_runs_from_before_evidence_go_on_without_it(tmp_path):
-    now = {"model": {"width": 16, "evidence": False}, "window": {}, "data_description": {}, "seed": 0, "train": {"init_from": None}}
-    before = now | {"model": {"width": 16}}
+def test_runs_from_before_a_setting_go_on_without_it(tmp_path):
+    window = {"frames": 8, "inner_anchors": False}
+    now = {"model": {"width": 16, "evidence": False}, "window": window, "data_description": {}, "seed": 0, "train": {"init_from": None}}
+    before = now | {"model": {"width": 16}, "window": {"frames": 8}}
     (tmp_path / "config.json").write_text(json.dumps(before))
     _check_same_run(tmp_path, None, None, now)
     with pytest.raises(UserError, match="another model.evidence;"):
         _check_same_run(tmp_path, None, None, now | {"model": {"width": 16, "evidence": True}})
+    with pytest.raises(UserError, match="another window.inner_anchors;"):
+        _check_same_run(tmp_path, None, None, now | {"window": window | {"inner_anchors": True}})
     with pytest.raises(UserError, match="another model.width;"):
         _check_same_run(tmp_path, None, None, now | {"model": {"width": 8, "evidence": False}})

@@ -105,6 +105,8 @@ def test_roles_of_frames():
     inner_clean, inner = map(np.asarray, step.frame_roles(jax.random.key(0), clip, several))
     assert np.array_equal(inner[:, 7], anchor[:, 7]) and np.array_equal(inner[:, 4], anchor[:, 7]) and not inner[:, [0, 1, 2, 3, 5, 6]].any()
     assert np.array_equal(inner_clean[:, 7], clean[:, 7]) and np.array_equal(inner_clean[:, 4], clean[:, 7]) and inner_clean.sum() == clean.sum() + clean[:, 7].sum()
+    from_one = step.frame_roles(jax.random.key(0), clip | {"conditioning": np.full(b, 1)}, several)  # 7 new frames hold no whole number of strides
+    assert np.array_equal(from_one[1][:, 7], anchor[:, 7]) and not from_one[1][:, :7].any()
 
 
 def test_clean_frames_do_not_count(config):

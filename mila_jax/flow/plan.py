@@ -34,7 +34,7 @@ class Windows:
     if there are none; `conditioning`: clean first frames; `anchor`: position of the noisy tail anchor or None; `kept_anchor`: position
     of a tail anchor that stays as it is, or None; `fps`: rate of the generated frames (what the network's fps input is told);
     `video_fps`: rate that `indices` count in; `every`: each so-many-th window has the anchor; `stride`: each so-many-th coarse frame
-    is one; `inner`: positions of the coarse frames before it where these are anchors, too, noisy or kept as it is. `chunks`: frames are a
+    is that one; `inner`: positions of the coarse frames before it where these are anchors, too, noisy or kept as it is. `chunks`: frames are a
     temporal autoencoder's latents, of which `before` lie between the first of a chunk and frame 0.
     """
 
@@ -156,7 +156,7 @@ class RolloutPlan:
 
     @property
     def anchor_frames(self) -> np.ndarray:
-        """`[A]` numbers of the frames that anchors are (the last may lie beyond F)."""
+        """`[A]` numbers of the frames that anchors are (those of the last window may lie beyond F)."""
         return np.zeros(0, int) if self.refine is None else self.refine.indices[self.refine.anchored][:, self.refine.places].reshape(-1)
 
     @property
@@ -183,7 +183,7 @@ def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: i
     """
     anchor_stride = window - conditioning if anchor_stride is None else anchor_stride
     given = conditioning if given is None else given
-    _check(frames, fps, window, conditioning, anchor_stride, strategy, given)
+    _check(frames, fps, window, conditioning, anchor_stride, strategy, given, inner_anchors)
     if chunks is not None:
         _check_chunks(chunks, window, conditioning, given, None if strategy == "recurrent" else anchor_stride)
         sizes = dict(window=window, conditioning=conditioning, anchor_stride=anchor_stride, inner_anchors=inner_anchors)
@@ -254,7 +254,7 @@ def fits(anchor_stride: int, new: int, chunks: Chunks | None = None) -> bool:
     return anchor_stride > 0 and new > 0 and whole and (anchor_stride % new == 0 or new % anchor_stride == 0)
 
 
-def _check(frames, fps, window, conditioning, anchor_stride, strategy, given) -> None:
+def _check(frames, fps, window, conditioning, anchor_stride, strategy, given, inner_anchors) -> None:
     """Raises UserError for the first thing in a plan's sizes that cannot work."""
     if strategy not in STRATEGIES:
         raise UserError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
@@ -276,5 +276,5 @@ def _check(frames, fps, window, conditioning, anchor_stride, strategy, given) ->
             f"anchor_stride ({anchor_stride}) must be a multiple or a divisor of the new frames of a window, window ({window}) - conditioning "
             f"({conditioning}), for strategy {strategy}: set generate.anchor_stride={new}, or generate.strategy=recurrent"
         )
-    if strategy == "divide_and_conquer" and new < 2:
+    if strategy == "divide_and_conquer" and (new < 2 or inner_anchors and anchor_stride == 1):
         raise UserError("divide_and_conquer keeps every anchor, so a window needs at least 2 new frames: with anchor_stride = 1 nothing is left to generate")

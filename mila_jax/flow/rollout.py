@@ -120,7 +120,7 @@ class Rollout(NamedTuple):
     """A long video in latents.
 
     `latents [B, V, F, h, w, c]`: frames 1 … F; `anchors [B, V, A, h, w, c]`: as the coarse stage gave them, `corrected`: as they
-    are in the video (frame numbers `plan.anchor_frames`; the last may lie beyond F). Both None without anchors.
+    are in the video (frame numbers `plan.anchor_frames`; those of the last window may lie beyond F). Both None without anchors.
     """
 
     latents: jax.Array

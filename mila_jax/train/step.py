@@ -41,9 +41,11 @@ class Objective:
 
     @classmethod
     def from_config(cls, config) -> "Objective":
-        """Raises `UserError` when the anchor's level is below its error, and for a negative weight of vehicles."""
+        """Raises `UserError` when the anchor's level is below its error, for a negative weight of vehicles, and for a stride of anchors below 1."""
         check_anchor(config.window.anchor_error, config.window.anchor_level)
         t, w = config.train, config.window
+        if w.get("inner_anchors", False) and w.anchor_stride < 1:
+            raise UserError(f"window.anchor_stride={w.anchor_stride} must be positive")
         if t.get("foreground_weight", 0.0) < 0:
             raise UserError(f"train.foreground_weight={t.foreground_weight} must not be negative")
         return cls(
@@ -62,12 +64,15 @@ def frame_roles(key, clip, objective: Objective):
 
     The first `clip["conditioning"]` frames are clean. At 12 Hz, a share `anchor_rate` of the samples ends in an anchor, of which
     `anchor_noisy` are to be corrected (JDC) and the rest are clean (divide and conquer). With an `anchor_stride` above 0, further anchors
-    (ours) lie so many frames apart before that one.
+    (ours) lie so many frames apart before that one, in windows whose new frames are a multiple of it, as in generation.
     """
     b, _, t = clip["latents"].shape[:3]
     place = jnp.arange(t)
     has, noisy = jax.random.uniform(key, (2, b))
-    where = (t - 1 - place) % objective.anchor_stride == 0 if objective.anchor_stride else place == t - 1
+    where = place == t - 1
+    if objective.anchor_stride:
+        several = (t - clip["conditioning"]) % objective.anchor_stride == 0
+        where = where | several[:, None] & ((t - 1 - place) % objective.anchor_stride == 0)
     given = place < clip["conditioning"][:, None]
     coarse = ((has < objective.anchor_rate) & (clip["fps"] > DATA_RATE - 0.5))[:, None] & where & ~given
     anchor = coarse & (noisy < objective.anchor_noisy)[:, None]
