@@ -15,8 +15,7 @@ $python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes" \
 $python -m mila_jax.train.autoencoder --data="$runs/nuscenes" --out="$runs/autoencoder" --steps=6000 --batch-size=8
 $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes" --config.data.dir="$runs/encoded" \
   --config.data.foreground=True --config.autoencoder.path="$autoencoder"
-sparse="--config.window.anchor_stride=6 --config.window.inner_anchors=False"  # all but the last stage
-six="--config.model.sweep=6 --config.model.evidence=False $sparse"  # all but the last two: the guide stays so
+six="--config.model.sweep=6 --config.model.evidence=False"  # all but the last stage: the guide stays so
 short="--config.window.frames=8 --config.window.conditioning=2 --config.train.optimizer=adamw $six"  # as they were trained
 # A first network, smaller and without the sweep; the three stages grow it.
 $python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/base" --config.train.steps=4000 \
@@ -25,7 +24,7 @@ $python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/enco
 data="$runs/encoded"
 stage() {  # number, weights to start from, further arguments
   local number="$1" from="$2"; shift 2
-  $python -m mila_jax train --config="configs/tiny.py:stage${number%[bcdefgh]}" --config.data.dir="$data" --config.train.dir="$runs/stage$number" \
+  $python -m mila_jax train --config="configs/tiny.py:stage${number%[bcdefg]}" --config.data.dir="$data" --config.train.dir="$runs/stage$number" \
     --config.train.init_from="$from" --config.train.learning_rate=8e-4 --config.train.single_frame=0.2 --config.train.checkpoint_every=100 "$@"
 }
 # Windows of 2 + 12 frames at 1 Hz are longer than the scenes, so stage 1 has two rates; the patch embedding is new where the sweep enters.
@@ -75,18 +74,9 @@ $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$ru
   --config.autoencoder.path="$autoencoder"
 data="$runs/encoded_new2"
 # This file says that its windows start from two frames; the shipped one was made to say four, which is generate.conditioning=4 here.
-stage 3g "$runs/stage3f/model.safetensors" $sparse --config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" \
+stage 3g "$runs/stage3f/model.safetensors" --config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,2.0)" \
   --config.train.fps_weights="(0.4,0.6)" --config.train.four_frames=0.7 --config.train.single_frame=0.15 \
-  --config.train.steps=2500 --config.seed=12
-# Then anchors at 4 Hz, two of them in a window of the video, on scenes of one more seed.
-$python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes_dense" --config.simulate.seed=500 \
-  --config.simulate.scenes=138 --config.simulate.seconds=5 --config.simulate.val_scenes=2
-$python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes_dense" --config.data.dir="$runs/encoded_dense" \
-  --config.autoencoder.path="$autoencoder"
-data="$runs/encoded_dense"
-stage 3h "$runs/stage3g/model.safetensors" --config.window.conditioning=2 --config.train.warmup=20 --config.train.fps="(12.0,4.0,2.0)" \
-  --config.train.fps_weights="(0.35,0.5,0.15)" --config.train.four_frames=0.7 --config.train.single_frame=0.15 --config.train.steps=1600 \
-  --config.seed=14 "$@"
+  --config.train.steps=2500 --config.seed=12 "$@"
 echo "$autoencoder"
-echo "$runs/stage3h/model.safetensors"
+echo "$runs/stage3g/model.safetensors"
 echo "$runs/guide2/model.safetensors"
