@@ -350,7 +350,7 @@ def test_explain(trained, tmp_path, capsys):
     inner = ["--config.generate.anchor_stride=3", "--config.generate.inner_anchors=True"]
     assert run(config, *arguments[:-1], *inner, f"--out={tmp_path}/e") == 0
     assert "refine   1    12  -1 0 | 1 2 3* 4 5 6*" in capsys.readouterr().out
-    assert run(config, *arguments[:-1], "--config.generate.anchor_stride=6", inner[1], f"--out={tmp_path}/e") == 1
+    assert run(config, *arguments[:-1], "--config.generate.anchor_stride=6", inner[1], f"--out={tmp_path}/e") == 2
     assert "generate.inner_anchors=True needs several coarse frames in the 6 new frames" in capsys.readouterr().err
 
 
