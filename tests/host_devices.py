@@ -12,5 +12,5 @@ def host_devices(count: int, optimized: bool = False) -> dict:
     flags = f"--xla_force_host_platform_device_count={count}" + ("" if optimized else " --xla_backend_optimization_level=0")
     # Devices share a pool with a thread for each, and a thread waits in a collective until all devices have come. A device takes independent
     # collectives in any order, so that with no thread to spare two can wait for each other for good.
-    threads = {"NPROC": str(4 * count)} if count > 1 else {}
+    threads = {"NPROC": str(2 * count)} if count > 1 else {}
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | threads
