@@ -19,12 +19,18 @@ CLOSE = 0.2  # of a view, from which vehicles count as close
 COVERED = 0.5  # of a latent place, from which it counts as a vehicle's
 
 
+def rates(text: str) -> tuple[float, float]:
+    """(fps, fps of the given frames) of "fps,fps"."""
+    fps, given = map(float, text.split(","))
+    return fps, given
+
+
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", nargs="+", default=[None], help="default: the shipped ones")
-    parser.add_argument("--rates", nargs="+", default=["12,12", "2,12", "2,2"])
+    parser.add_argument("--rates", nargs="+", type=rates, default=[(12.0, 12.0), (2.0, 12.0), (2.0, 2.0)], metavar="FPS,FPS")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--conditioning", type=int, default=4)
     parser.add_argument("--frames", type=int, default=10)
@@ -95,8 +101,7 @@ def main() -> int:
 
     try:
         sources = {}
-        for rate in options.rates:
-            fps, given = map(float, rate.split(","))
+        for fps, given in options.rates:
             source = ClipSource(options.data, "val", [ClipSpec(options.frames, options.conditioning, fps, given)], foreground=True)
             sources[f"{fps:g} Hz from {given:g} Hz"] = source, most_covered(source, options.windows)
         for name in options.weights:
