@@ -120,8 +120,10 @@ def get_config() -> ConfigDict:
     c.train.single_frame_anchors = False  # … and of the others too
     c.train.four_frames = 0.0  # share of the windows of every rate that start from four frames
     # How many times more places count in the loss that vehicles cover (needs data.foreground; ours). Held-out losses are told without it. It tilts
-    # what is learned: where a vehicle may or may not be, one becomes more likely than it is. Train on without it at the end.
+    # what is learned: where a vehicle may or may not be, one becomes more likely than it is. Train on without it at the end. Not so with
+    # foreground_of "given": a view's places all count 1 + foreground_weight · (the share of it that vehicles cover in the window's first frames).
     c.train.foreground_weight = 0.0
+    c.train.foreground_of = "places"  # places | given
     c.train.trainable = ("*",)  # patterns of parameter names; what none of them names is frozen (mila_jax/train/stages.py)
     c.train.accumulate = 1  # parts that a batch is taken in, one after the other
     c.train.moments = "float32"  # of the optimizer: float32 | bfloat16 (half the optimizer's memory, stochastically rounded)

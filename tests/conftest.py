@@ -5,7 +5,12 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-XLA_FLAGS = os.environ.get("XLA_FLAGS", "")  # before a command run by some test sets its own
+# Programs of tests run for moments and compile for seconds: hardly optimised machine code takes half the time in all. What is
+# fused, split or sent, and where arrays lie, is decided before. Whoever names a level keeps it, as `scripts/test.sh --slow` does.
+LEVEL = "--xla_backend_optimization_level"
+if LEVEL not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}=1".strip()
+XLA_FLAGS = os.environ["XLA_FLAGS"]  # before a command run by some test sets its own
 
 import jax
 import numpy as np

@@ -17,7 +17,7 @@ from data_pipeline.nuscenes.reader import instants, open_nuscenes
 from mila_jax import geometry
 from mila_jax.errors import UserError
 from mila_jax.flow.rectified_flow import masked_loss
-from mila_jax.train.step import draw, loss
+from mila_jax.train.step import draw, loss, vehicle_weights
 from tests import nuscenes_stub as stub
 from tests.parallel_probe import OBJECTIVE, make_clip
 from tests.test_train_step import KEY, TINY, abstract_model, parameters  # noqa: F401  (a fixture)
@@ -190,3 +190,17 @@ def test_a_step_weighs_vehicles(parameters):  # noqa: F811
     assert share == pytest.approx(1 + 3 / shape[3], rel=1e-5) and 0 < part < 3 * float(plain.sum)
     clean = draw(clip, KEY, OBJECTIVE).clean
     assert bool(clean.any()) and float(value(heavy, places).mean) != pytest.approx(float(plain.mean), rel=1e-4)
+
+
+def test_vehicles_of_the_first_frames_weigh_their_views():
+    clip = {"conditioning": np.array([1, 2]), "foreground": np.zeros((2, 6, 4, 2, 4), np.uint8)}
+    covered = clip["foreground"]
+    covered[0, 0, 0, 0] = 255  # half of a view in the only frame given
+    covered[0, 1, 1:] = 255  # vehicles come later
+    covered[1, 2, 1, 0, 0] = 255  # an eighth in the second of two
+    covered[1, 2, 0, 0, 0] = 51
+    objective = dataclasses.replace(OBJECTIVE, foreground_weight=4.0, foreground_of="given")
+    wanted = np.ones(covered.shape, np.float32)
+    wanted[0, 0], wanted[1, 2] = 3.0, 1.5
+    np.testing.assert_allclose(vehicle_weights(clip, objective), wanted, rtol=1e-6)
+    assert vehicle_weights(clip, dataclasses.replace(objective, foreground_weight=0.0)) is None

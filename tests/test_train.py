@@ -104,7 +104,11 @@ def test_roles_of_frames():
     several = dataclasses.replace(objective, anchor_stride=3)  # frames 7 and 4 of a window together; frame 1 is given
     inner_clean, inner = map(np.asarray, step.frame_roles(jax.random.key(0), clip, several))
     assert np.array_equal(inner[:, 7], anchor[:, 7]) and np.array_equal(inner[:, 4], anchor[:, 7]) and not inner[:, [0, 1, 2, 3, 5, 6]].any()
-    assert np.array_equal(inner_clean[:, 7], clean[:, 7]) and np.array_equal(inner_clean[:, 4], clean[:, 7]) and inner_clean.sum() == clean.sum() + clean[:, 7].sum()
+    assert (
+        np.array_equal(inner_clean[:, 7], clean[:, 7])
+        and np.array_equal(inner_clean[:, 4], clean[:, 7])
+        and inner_clean.sum() == clean.sum() + clean[:, 7].sum()
+    )
     from_one = step.frame_roles(jax.random.key(0), clip | {"conditioning": np.full(b, 1)}, several)  # 7 new frames hold no whole number of strides
     assert np.array_equal(from_one[1][:, 7], anchor[:, 7]) and not from_one[1][:, :7].any()
 
@@ -210,7 +214,7 @@ def test_muon_on_a_mesh_gives_the_same_step(config, tmp_path):
     "key, value, match",
     [
         ("window.anchor_level", 0.1, "anchor"), ("window.frames", 200, "frames"),
-        ("train.log_every", 0, "train.log_every"), ("train.accumulate", 3, "train.accumulate"), ("train.trainable", ("nothing.*",), "train.trainable"), ("train.explode", 0.5, "train.explode"), ("train.moments", "float16", "train.moments"), ("train.fps", (12.0,), "train.fps"), ("train.optimizer", "sgd", "train.optimizer"), ("train.foreground_weight", -1.0, "train.foreground_weight"), ("train.foreground_weight", 1.0, "data.foreground"), ("model.dtype", "bf16", "model.dtype"),
+        ("train.log_every", 0, "train.log_every"), ("train.accumulate", 3, "train.accumulate"), ("train.trainable", ("nothing.*",), "train.trainable"), ("train.explode", 0.5, "train.explode"), ("train.moments", "float16", "train.moments"), ("train.fps", (12.0,), "train.fps"), ("train.optimizer", "sgd", "train.optimizer"), ("train.foreground_weight", -1.0, "train.foreground_weight"), ("train.foreground_weight", 1.0, "data.foreground"), ("train.foreground_of", "all", "train.foreground_of"), ("model.dtype", "bf16", "model.dtype"),
         ("model.precondition", "magic", "model.precondition"), ("mesh.tensor", 3, "mesh"), ("model.heads", 3, "model.heads"),
     ],
 )  # fmt: skip

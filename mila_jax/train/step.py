@@ -18,6 +18,8 @@ from mila_jax.parallel.logical import mesh_axes, use_rules, with_rules
 from mila_jax.parallel.mesh import constrain_parameters
 from mila_jax.train.state import Health, TrainState
 
+FOREGROUND_OF = ("places", "given")  # what `train.foreground_weight` looks at
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -37,22 +39,26 @@ class Objective:
     context_rate: float = 0.0
     context_level: float = 0.0
     foreground_weight: float = 0.0
+    foreground_of: str = "places"
     anchor_stride: int = 0
 
     @classmethod
     def from_config(cls, config) -> "Objective":
-        """Raises `UserError` when the anchor's level is below its error, for a negative weight of vehicles, and for a stride of anchors below 1."""
+        """Raises `UserError` when the anchor's level is below its error, for a wrong weight of vehicles, and for a stride of anchors below 1."""
         check_anchor(config.window.anchor_error, config.window.anchor_level)
         t, w = config.train, config.window
         if w.get("inner_anchors", False) and w.anchor_stride < 1:
             raise UserError(f"window.anchor_stride={w.anchor_stride} must be positive")
         if t.get("foreground_weight", 0.0) < 0:
             raise UserError(f"train.foreground_weight={t.foreground_weight} must not be negative")
+        if t.get("foreground_of", "places") not in FOREGROUND_OF:
+            raise UserError(f"train.foreground_of={t.foreground_of!r} must be one of {', '.join(FOREGROUND_OF)}")
         return cls(
             level=t.level, tpd_rate=t.tpd_rate, tpd_family=w.tpd_family, tpd_strength=w.tpd_strength, anchor_level=w.anchor_level,
             anchor_rate=t.anchor_rate, anchor_noisy=t.anchor_noisy, text_drop=t.text_drop, waypoint_drop=t.waypoint_drop, ema=t.ema,
             explode=t.get("explode", 10.0), context_rate=t.get("context_rate", 0.0), context_level=t.get("context_level", 0.0),
-            foreground_weight=t.get("foreground_weight", 0.0), anchor_stride=w.anchor_stride if w.get("inner_anchors", False) else 0,
+            foreground_weight=t.get("foreground_weight", 0.0), foreground_of=t.get("foreground_of", "places"),
+            anchor_stride=w.anchor_stride if w.get("inner_anchors", False) else 0,
         )  # fmt: skip
 
 
@@ -108,24 +114,37 @@ def draw(clip, key, objective: Objective, level=None) -> Draws:
     return Draws(levels, clean, noise, no_text < objective.text_drop, no_waypoints < objective.waypoint_drop)
 
 
-def loss_of(params, clip, draws: Draws, *, graphdef, config, prior, foreground_weight: float = 0.0):
-    """Masked rectified-flow loss (eq. (15)) of a batch of clips with these draws → `flow.rectified_flow.MaskedLoss`.
+def vehicle_weights(clip, objective: Objective):
+    """Weights [b, v, t, h, w] of the places of a batch in the loss, or None where all count alike; ours.
 
-    foreground_weight (ours): how many times more a place that vehicles cover counts; above 0 the clips must tell where they are.
+    With `foreground_weight` w > 0, for which the clips must tell where vehicles are: 1 + w · how much of a place they cover, or, with
+    `foreground_of="given"`, 1 + w · how much of a view they cover at most in the frames that the window starts from. The latter tells
+    nothing of the frames to come that the network is not told, so that it does not change what is learned, only where it is learned best.
     """
+    if not objective.foreground_weight:
+        return None
+    covered = clip["foreground"].astype(jnp.float32) / 255
+    if objective.foreground_of == "given":
+        given = jnp.arange(covered.shape[2]) < clip["conditioning"][:, None]
+        most = jnp.where(given[:, None], covered.mean((-2, -1)), 0.0).max(-1)
+        covered = jnp.broadcast_to(most[..., None, None, None], covered.shape)
+    return 1 + objective.foreground_weight * covered
+
+
+def loss_of(params, clip, draws: Draws, *, graphdef, config, prior, objective: Objective):
+    """Masked rectified-flow loss (eq. (15)) of a batch of clips with these draws → `flow.rectified_flow.MaskedLoss`."""
     latents = clip["latents"].astype(jnp.float32)
     levels = jnp.broadcast_to(draws.levels[:, None], latents.shape[:3])
     conditions = from_clip(clip).replace(drop_text=draws.drop_text, drop_waypoints=draws.drop_waypoints)
     velocity = make_velocity(graphdef, params, config, prior)
     predicted = velocity(add_noise(latents, draws.noise, levels), levels, conditions)
-    weight = 1 + foreground_weight * clip["foreground"].astype(jnp.float32) / 255 if foreground_weight else None
-    return masked_loss(predicted, velocity_target(latents, draws.noise), ~draws.clean, weight)
+    return masked_loss(predicted, velocity_target(latents, draws.noise), ~draws.clean, vehicle_weights(clip, objective))
 
 
 def loss(params, clip, key, *, graphdef, config, prior, objective: Objective, level=None):
     """`loss_of` with the draws of `key`; `level` as in `draw`."""
     draws = draw(clip, key, objective, level)
-    return loss_of(params, clip, draws, graphdef=graphdef, config=config, prior=prior, foreground_weight=objective.foreground_weight)
+    return loss_of(params, clip, draws, graphdef=graphdef, config=config, prior=prior, objective=objective)
 
 
 def split_batch(tree, parts: int, groups: int):
@@ -155,7 +174,7 @@ def gradients(selected, params, clip, key, *, graphdef, config, prior, objective
 
     def value(selected, clip, draws):
         whole = selected if trainable is None else trainable.merge(params, selected)
-        return loss_of(whole, clip, draws, graphdef=graphdef, config=config, prior=prior, foreground_weight=objective.foreground_weight)
+        return loss_of(whole, clip, draws, graphdef=graphdef, config=config, prior=prior, objective=objective)
 
     if accumulate == 1:
         return jax.value_and_grad(lambda s: value(s, clip, draws).mean)(selected)
@@ -195,7 +214,9 @@ def gradients(selected, params, clip, key, *, graphdef, config, prior, objective
 YOUNG = 20  # good steps before a loss can be called far above the average
 
 
-def train_step(state: TrainState, clip, key, *, graphdef, config, prior, objective: Objective, tx, trainable=None, accumulate: int = 1, groups: int = 1):
+def train_step(
+    state: TrainState, clip, key, *, graphdef, config, prior, objective: Objective, tx, trainable=None, accumulate: int = 1, groups: int = 1
+):
     """One update. `clip`: batch of `data_pipeline.clips`; `key`: the run's key (the step is folded in here).
 
     A step whose loss or gradient is no number, or whose loss is more than `objective.explode` times the running average, changes nothing
