@@ -55,7 +55,14 @@ class Finish(beam.DoFn):
 def parse_options(text: str) -> PipelineOptions:
     """Beam's options from one string. `UserError` for options that Beam does not know how to read, and for multi_threading."""
     options = PipelineOptions(shlex.split(text))
-    direct = options.view_as(StandardOptions).runner in (None, "DirectRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner", "FnApiRunner", "PrismRunner")
+    direct = options.view_as(StandardOptions).runner in (
+        None,
+        "DirectRunner",
+        "BundleBasedDirectRunner",
+        "SwitchingDirectRunner",
+        "FnApiRunner",
+        "PrismRunner",
+    )
     if direct and options.view_as(DirectOptions).direct_running_mode == "multi_threading":
         raise UserError("--direct_running_mode=multi_threading loses elements; use multi_processing or in_memory")
     return options

@@ -150,9 +150,7 @@ class SceneEncoder:
         scene = self.nusc.scenes[number]
         found = instants(scene)
         if not found:
-            raise UserError(
-                f"{self.nusc.root}: scene {scene.name!r} has no moment at which all six cameras have a frame; take it out of scene.json"
-            )
+            raise UserError(f"{self.nusc.root}: scene {scene.name!r} has no moment at which all six cameras have a frame; take it out of scene.json")
         return found
 
     def finished(self, number: int) -> records.SceneIndex | None:
@@ -236,7 +234,9 @@ class SceneEncoder:
         chunks = self.video.chunks
         starts = chunks.starts([moment.timestamp_us * 1e-6 for moment in moments])
         if not len(starts):
-            raise UserError(f"scene {scene.name!r} has no {chunks.frames} frames in a row without a gap, as autoencoder.temporal={self.video.kind} needs")
+            raise UserError(
+                f"scene {scene.name!r} has no {chunks.frames} frames in a row without a gap, as autoencoder.temporal={self.video.kind} needs"
+            )
         frames = (starts[:, None] + np.arange(chunks.frames)).ravel()
         out = self.video.encode(latents[frames].swapaxes(0, 1)).swapaxes(0, 1).astype(np.float16)
         if not np.isfinite(out).all():

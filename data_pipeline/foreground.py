@@ -48,7 +48,9 @@ def read_vehicles(nusc: NuScenes) -> dict[str, Vehicles]:
     samples = {row.token: (row.scene_token, row.timestamp) for row in stream(folder, "sample")}
     is_vehicle = {row.token: row.name.startswith(CATEGORIES) for row in stream(folder, "category", Named)}
     if not any(is_vehicle.values()):
-        raise UserError(f"{table_path(folder, 'category')} names no {CATEGORIES}* category, which data.foreground=True needs; set data.foreground=False")
+        raise UserError(
+            f"{table_path(folder, 'category')} names no {CATEGORIES}* category, which data.foreground=True needs; set data.foreground=False"
+        )
     of_vehicle = {}
     for row in stream(folder, "instance", Instance):
         if row.category_token not in is_vehicle:

@@ -14,7 +14,7 @@ from mila_jax.errors import UserError
 
 
 def parse_part(text: str | None) -> Part:
-    """"3/16" → part 3 of 16 (numbered from 0); None → this process's part of an initialised `jax.distributed` job, else the whole."""
+    """Of "3/16": part 3 of 16 (numbered from 0); None → this process's part of an initialised `jax.distributed` job, else the whole."""
     if text is None:
         import jax
 
@@ -53,5 +53,7 @@ def _worker(settings: str, part: Part) -> None:
     import jax
 
     if jax.default_backend() != "cpu":
-        raise UserError(f"data.workers is for CPUs: a {jax.default_backend().upper()} belongs to one process, which uses all its devices; set data.workers=1")
+        raise UserError(
+            f"data.workers is for CPUs: a {jax.default_backend().upper()} belongs to one process, which uses all its devices; set data.workers=1"
+        )
     encode_part(open_from_settings(settings)[0], part, progress=False)

@@ -47,7 +47,9 @@ def named_errors(path, doing: str):
         if not is_remote(path) or isinstance(error, FileNotFoundError):
             raise
         lines = str(error).strip().splitlines()
-        raise UserError(f"{path} cannot be {doing} ({lines[0][:160] if lines else type(error).__name__}); check the address and your access") from error
+        raise UserError(
+            f"{path} cannot be {doing} ({lines[0][:160] if lines else type(error).__name__}); check the address and your access"
+        ) from error
 
 
 def read_file(url: str) -> bytes:

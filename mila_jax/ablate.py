@@ -83,7 +83,14 @@ def tables(long: int) -> dict[str, list[tuple[list, Variant]]]:
     }  # fmt: skip
 
 
-HEADS = {"1": ["method"], "2": ["method"], "3": ["TPD", "generation mode"], "4": ["TPD", "anchor frame", "JDC"], "5": ["trajectory", "frames"], "6": ["strategy"]}
+HEADS = {
+    "1": ["method"],
+    "2": ["method"],
+    "3": ["TPD", "generation mode"],
+    "4": ["TPD", "anchor frame", "JDC"],
+    "5": ["trajectory", "frames"],
+    "6": ["strategy"],
+}
 
 
 def directions(long: int) -> list[tuple[str, str, Variant, Variant]]:
@@ -204,13 +211,17 @@ def find_clips(config, clips: int, frames: int, given: int) -> tuple[list, list]
             times = read_scene(config.data.dir, scenes[number % len(scenes)])["times"]
             first, last = given, len(times) - 2 - frames
             if last < first:
-                raise UserError(f"scene {scenes[number % len(scenes)]!r} has {len(times)} instants, too few for --long ({frames / 12:g} s with its last anchor)")
+                raise UserError(
+                    f"scene {scenes[number % len(scenes)]!r} has {len(times)} instants, too few for --long ({frames / 12:g} s with its last anchor)"
+                )
             found.append((scenes[number % len(scenes)], float(times[round(first + (last - first) * (number // len(scenes)) / max(rounds - 1, 1))])))
         halves.append(found)
     return halves[0], halves[1]
 
 
-def ablate_command(config, out, *, clips: int = 8, long_seconds: float = 4.0, resamples: int = 200, extractor=None, progress: bool = True) -> pathlib.Path:
+def ablate_command(
+    config, out, *, clips: int = 8, long_seconds: float = 4.0, resamples: int = 200, extractor=None, progress: bool = True
+) -> pathlib.Path:
     """`mila ablate`: tables.md and ablate.json in `out`; returns the path of the tables."""
     if config.data.dir is None:
         raise UserError("data.dir is not set; give --config.data.dir=FOLDER of an encoded data set")
@@ -271,7 +282,13 @@ def ablate_command(config, out, *, clips: int = 8, long_seconds: float = 4.0, re
                 kept[n] = [float(value), low, high]
             lines.append("| " + " | ".join(map(str, [*lead, clips, *texts])) + " |")
             record["tables"].setdefault(title, []).append({"row": lead, "variant": dataclasses.asdict(v), **kept})
-    lines += ["", "## Which of the paper's directions hold here", "", "| claim | measured on | gain (paired 95 % interval) | here |", "| --- | --- | --- | --- |"]
+    lines += [
+        "",
+        "## Which of the paper's directions hold here",
+        "",
+        "| claim | measured on | gain (paired 95 % interval) | here |",
+        "| --- | --- | --- | --- |",
+    ]
     for claim, n, better, worse in claims:
         gain, *drawn = measured(worse, n) - measured(better, n)
         low, high = map(float, resample.interval(drawn, gain))

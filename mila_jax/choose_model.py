@@ -60,5 +60,7 @@ def with_guide(model: WorldModel, guide: WorldModel, name: str) -> WorldModel:
     ours, theirs = ({"temporal": "none"} | each.data for each in (model, guide))
     for key in ("autoencoder_sha256", "latent_shape", "temporal", "temporal_sha256", "text_encoder", "text_shape"):
         if ours.get(key) != theirs.get(key):
-            raise UserError(f"{name} was trained with {key} {theirs.get(key)}, the model with {ours.get(key)}; set generate.guide to weights for the same data")
+            raise UserError(
+                f"{name} was trained with {key} {theirs.get(key)}, the model with {ours.get(key)}; set generate.guide to weights for the same data"
+            )
     return dataclasses.replace(model, guide=guide)

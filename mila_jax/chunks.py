@@ -66,7 +66,9 @@ class Chunks:
         chunks = FRAME_RATE / self.frames / fps
         if round(chunks) < 1 or abs(chunks - round(chunks)) > 0.02 * chunks:
             rates = ", ".join(f"{FRAME_RATE / self.frames / n:.3f}" for n in (1, 2, 3))
-            raise UserError(f"train.fps={fps:g} is no rate of latents that come in chunks of {self.frames} frames; use 12, {rates} or another whole part")
+            raise UserError(
+                f"train.fps={fps:g} is no rate of latents that come in chunks of {self.frames} frames; use 12, {rates} or another whole part"
+            )
         return round(chunks) * self.latents
 
     def rate(self, stride: int) -> float:

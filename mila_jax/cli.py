@@ -80,8 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--explain", action="store_true", help="print and draw (DIR/schedule.png) the windows and noise levels, generate nothing")
     generate.add_argument("--per-view", action="store_true", help="one mp4 for each camera as well")
     evaluate = command("evaluate", "reconstruction PSNR of the autoencoder and FD-EffNetLite0 of generated against recorded video")
-    evaluate.add_argument("--out", default=None, metavar="PATH", help="write the scores to this JSON file; with --preset a folder, which gets a report")
-    evaluate.add_argument("--clips", type=int, default=None, help="held-out clips to generate (4; with --preset all of its list, or so many evenly out of it)")
+    evaluate.add_argument(
+        "--out", default=None, metavar="PATH", help="write the scores to this JSON file; with --preset a folder, which gets a report"
+    )
+    evaluate.add_argument(
+        "--clips", type=int, default=None, help="held-out clips to generate (4; with --preset all of its list, or so many evenly out of it)"
+    )
     evaluate.add_argument("--seconds", type=float, default=2.0, help="length of each")
     evaluate.add_argument("--preset", metavar="NAME", help="clips and frames of a published protocol (mila clips lists them)")
     evaluate.add_argument(
@@ -89,7 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--windows", metavar="W", help="with --preset: score these seconds by themselves, too: 0-4,4-8,8-12")
     evaluate.add_argument(
-        "--motion", nargs="?", const="all", metavar="CAMERAS", help="with --preset: read the car's motion from the videos (front or all cameras; slow)"
+        "--motion",
+        nargs="?",
+        const="all",
+        metavar="CAMERAS",
+        help="with --preset: read the car's motion from the videos (front or all cameras; slow)",
     )
     evaluate.add_argument("--lpips", action="store_true", help="LPIPS of generated against recorded frames; without --preset, of the autoencoder")
     evaluate.add_argument("--dino", metavar="FILE", help="with --preset: DINO ViT-B/16's weights, for VBench's subject consistency")

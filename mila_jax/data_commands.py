@@ -56,7 +56,8 @@ def clips_command(config, options) -> int:
     summary["sha256"] = presets.clip_list_hash(clips)
     if options.out:
         rows = [
-            {"scene": c.scene, "sample": c.sample, "sample_token": c.sample_token, "timestamp_us": c.timestamp_us, "frames": list(c.frames)} for c in clips
+            {"scene": c.scene, "sample": c.sample, "sample_token": c.sample_token, "timestamp_us": c.timestamp_us, "frames": list(c.frames)}
+            for c in clips
         ]
         write_json(options.out, summary | {"list": rows})
         print(options.out)

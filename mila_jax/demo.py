@@ -209,7 +209,9 @@ def _report(config, model, outcome, out, clock, start, scene, after, progress) -
         _add_training(report, read_metrics(config.train.dir))
     report.add_heading("Time and settings")
     known = clock.read()
-    report.add_table([[k, v] for k, v in known.items()] + [["sum", sum(known.values())]], ["phase", "seconds"], "Wall time (the report's own phase not included)")
+    report.add_table(
+        [[k, v] for k, v in known.items()] + [["sum", sum(known.values())]], ["phase", "seconds"], "Wall time (the report's own phase not included)"
+    )
     report.add_text(f"Sampler: {sampler_options(model, config)}")
     report.add_code(json.dumps(json.loads(config.to_json()), indent=1), "Configuration")
     return report

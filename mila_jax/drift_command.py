@@ -90,7 +90,9 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
         report.add_text("Trajectory read from the video against the commanded one; the recorded rows are the reader's own error.")
         report.add_table([{"of": name} | row for name, rows in follow.items() for row in rows])
     if differences:
-        report.add_text("Means over the later half, second strategy less first, over the same drives, with paired 95 % bootstrap intervals over drives.")
+        report.add_text(
+            "Means over the later half, second strategy less first, over the same drives, with paired 95 % bootstrap intervals over drives."
+        )
         report.add_table([{"of": pair, "number": name} | row for pair, rows in differences.items() for name, row in sorted(rows.items())])
     drift.add_to_report(report, named, residuals)
     return report.write(out / "drift.html")

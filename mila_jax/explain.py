@@ -85,7 +85,13 @@ def picture(plan: RolloutPlan, tables: Tables) -> np.ndarray:
                 draw.rectangle((x + place * cell, y, x + (place + 1) * cell - 2, y + row - 1), fill=_colour(levels[step, place]))
                 if row >= 12 and role != "given":
                     value = levels[step, place]
-                    draw.text((centre, y + row / 2), f"{value:.2f}", fill=(255, 255, 255) if value > 0.4 else ink, font=ImageFont.load_default(size=9), anchor="mm")
+                    draw.text(
+                        (centre, y + row / 2),
+                        f"{value:.2f}",
+                        fill=(255, 255, 255) if value > 0.4 else ink,
+                        font=ImageFont.load_default(size=9),
+                        anchor="mm",
+                    )
     for step in range(0, steps + 1, max(1, (steps + 1) // 12)):
         draw.text((left - 8, head + step * row + row / 2), str(step), fill=ink, font=small, anchor="rm")
     draw.text((4, 45), "step", fill=ink, font=small)

@@ -113,7 +113,9 @@ def _check_act(video) -> None:
         raise UserError(f"{video['folder']}: its name must end in _ and the number of the ACT-Bench sample, as in left_0123")
     needed = _act_frames()[-1] + 1
     if video["latents"].shape[1] < needed:
-        raise UserError(f"{video['folder']} holds {video['latents'].shape[1]} frames; ACT-Bench scores {ACT_FRAMES} at 10 Hz, {needed} at 12 Hz: --seconds=4.4")
+        raise UserError(
+            f"{video['folder']} holds {video['latents'].shape[1]} frames; ACT-Bench scores {ACT_FRAMES} at 10 Hz, {needed} at 12 Hz: --seconds=4.4"
+        )
 
 
 def _act_frames() -> np.ndarray:

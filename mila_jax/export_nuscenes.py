@@ -144,4 +144,6 @@ def _boxes(key: str, source: Source, samples: list[str], sample_us) -> tuple[lis
 
 def _check_name(name: str, known: tuple[str, ...], what: str) -> None:
     if name not in known:
-        raise UserError(f"the recorded boxes have the {what} {name!r}, which nuScenes v1.0 does not have; take it out of {what}.json or leave out data.nuscenes")
+        raise UserError(
+            f"the recorded boxes have the {what} {name!r}, which nuScenes v1.0 does not have; take it out of {what}.json or leave out data.nuscenes"
+        )

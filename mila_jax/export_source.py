@@ -65,11 +65,15 @@ def find_source(nusc: reader.NuScenes, about: dict, poses) -> Source:
         raise NotFollowed("generate.json names no recorded scene (made from images, or by an earlier version)")
     scene = next((s for s in nusc.scenes if s.name == about["scene"]), None)
     if scene is None:
-        raise UserError(f"data.nuscenes={nusc.root} has no scene {about['scene']!r}, which the video was generated from; give that data set and data.version")
+        raise UserError(
+            f"data.nuscenes={nusc.root} has no scene {about['scene']!r}, which the video was generated from; give that data set and data.version"
+        )
     front = scene.tracks[reader.REFERENCE]
     times = front.timestamps_us
     if about["time_us"] not in times:
-        raise UserError(f"data.nuscenes={nusc.root}: scene {scene.name!r} has no frame at {about['time_us']} µs, where the video begins; it is another data set's")
+        raise UserError(
+            f"data.nuscenes={nusc.root}: scene {scene.name!r} has no frame at {about['time_us']} µs, where the video begins; it is another data set's"
+        )
     frame_us = about["time_us"] + np.rint(np.arange(1, len(poses) + 1) / FRAME_RATE * 1e6).astype(np.int64)
     if frame_us[-1] > times[-1] + HALF_FRAME * 1e6:
         raise NotFollowed(f"it goes on for {(frame_us[-1] - times[-1]) / 1e6:.1f} s after the recorded scene ends")

@@ -27,7 +27,13 @@ def sampler_options(model: WorldModel, config) -> SamplerOptions:
     w, g = config.window, config.generate
     shift = g.shift if g.shift else float(shift_ratio(*model.data["image_size"], w.frames))
     return SamplerOptions(
-        steps=g.steps, family=w.tpd_family, alpha=w.tpd_strength, a=w.anchor_error, sigma_a=w.anchor_level, shift=shift, temperature=g.temperature,
+        steps=g.steps,
+        family=w.tpd_family,
+        alpha=w.tpd_strength,
+        a=w.anchor_error,
+        sigma_a=w.anchor_level,
+        shift=shift,
+        temperature=g.temperature,
         context_level=g.get("context_level", 0.0),
     )
 
@@ -215,7 +221,9 @@ def check_first_frames(start: list[Start], shape) -> None:
     for s in start:
         found = s.first_latents.shape[:1] + s.first_latents.shape[2:]
         if found != shape:
-            raise UserError(f"first_latents of {found} (views, rows, columns, channels) do not fit the model's {shape}; give first frames of its size")
+            raise UserError(
+                f"first_latents of {found} (views, rows, columns, channels) do not fit the model's {shape}; give first frames of its size"
+            )
 
 
 def check_fits(model: WorldModel, codec, data_dir=None, video=None) -> None:

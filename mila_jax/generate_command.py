@@ -157,7 +157,9 @@ def read_generated(folder) -> tuple[dict, dict]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder} has no finished video of mila generate ({error}); run it, or again with another --out") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: generate.json and latents.npz are not as mila generate writes them ({type(error).__name__}: {error}); make them again") from None
+        raise UserError(
+            f"{folder}: generate.json and latents.npz are not as mila generate writes them ({type(error).__name__}: {error}); make them again"
+        ) from None
     if latents.ndim != 5 or len(latents) != len(VIEWS):
         raise UserError(f"{folder}: latents.npz has latents {latents.shape}, not of {len(VIEWS)} views; make the video again")
     if not np.isfinite(latents).all():
@@ -169,7 +171,9 @@ def check_latents(folder, about: dict, arrays: dict, codec, shape=None) -> None:
     """Raises `UserError` for a video whose latents are not one for each frame, or of another autoencoder than `codec`, or, with `shape` (h, w, c),
     of another size."""
     if arrays["latents"].shape[1] != about["frames"]:
-        raise UserError(f"{folder}: latents.npz has {arrays['latents'].shape[1]} latents, generate.json tells of {about['frames']} frames; make the video again")
+        raise UserError(
+            f"{folder}: latents.npz has {arrays['latents'].shape[1]} latents, generate.json tells of {about['frames']} frames; make the video again"
+        )
     if "poses" in arrays and arrays["poses"].shape != (about["frames"], 3):
         raise UserError(f"{folder}: latents.npz has poses {arrays['poses'].shape} of {about['frames']} frames; make the video again")
     made = about.get("identity", {}).get("autoencoder", [codec.sha256])[0]

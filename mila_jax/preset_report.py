@@ -28,7 +28,9 @@ def write_report(out: pathlib.Path, record: dict, shown: list[pathlib.Path]) -> 
     guide, _, scale = record.get("made_by", "").partition("+")[2].partition("@")
     guided = f", guided by {guide[:12]} (scale {scale})" if guide else ""
     report.add_text(f"{record['rule']}. Weights {record['weights_sha256'][:12]}{guided}. Clips that could not be had: {record['dropped'] or 'none'}.")
-    report.add_table(_table(record["scores"]), caption="Distances, lower is better; beside them what halves of the real clips and broken real clips have")
+    report.add_table(
+        _table(record["scores"]), caption="Distances, lower is better; beside them what halves of the real clips and broken real clips have"
+    )
     curves = collections.defaultdict(list)
     for row in record["scores"]:
         if row["card"]["window"]:

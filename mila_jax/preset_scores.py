@@ -117,7 +117,9 @@ def spans_of(preset, network: Network, windows) -> list[Span]:
         where = protocol.window(preset.frames, preset.conditioning, preset.fps or FRAME_RATE, start, stop, first)
         out.append(Span(f"{start:g}-{stop:g}", *where))
         if network.clips and where[1] < i3d.LEAST_FRAMES:
-            raise UserError(f"--windows: {out[-1].window} s holds {where[1]} frames of a clip, {network.score} needs {i3d.LEAST_FRAMES}; make it longer")
+            raise UserError(
+                f"--windows: {out[-1].window} s holds {where[1]} frames of a clip, {network.score} needs {i3d.LEAST_FRAMES}; make it longer"
+            )
     return out
 
 
@@ -170,8 +172,12 @@ class PresetBench:
         """Numbers of the clip's frames among the encoded instants of its scene. Raises `UserError` for one that is not there."""
         wanted = self.front[clip.scene][list(clip.frames)]
         found = np.searchsorted(self.stamps[clip.scene], wanted)
-        if (found >= len(self.stamps[clip.scene])).any() or (self.stamps[clip.scene][np.minimum(found, len(self.stamps[clip.scene]) - 1)] != wanted).any():
-            raise UserError(f"a frame of the clip at {clip.timestamp_us} of {clip.scene!r} is not in {self.config.data.dir}; prepare the data set again")
+        if (found >= len(self.stamps[clip.scene])).any() or (
+            self.stamps[clip.scene][np.minimum(found, len(self.stamps[clip.scene]) - 1)] != wanted
+        ).any():
+            raise UserError(
+                f"a frame of the clip at {clip.timestamp_us} of {clip.scene!r} is not in {self.config.data.dir}; prepare the data set again"
+            )
         return found
 
     def check(self, clips) -> None:

@@ -43,10 +43,12 @@ def compare(generated, real, *, extractor=None, progress: bool = False) -> list[
 
         rows.append(
             {
-                "views": name, frechet.NAME: frechet.frechet_distance(flat(fake), flat(true)),
+                "views": name,
+                frechet.NAME: frechet.frechet_distance(flat(fake), flat(true)),
                 "real vs real (odd, even frames)": frechet.frechet_distance(flat(true[0::2]), flat(true[1::2])),
                 "still vs real": frechet.frechet_distance(flat(np.repeat(true[:1], len(true), 0)), flat(true)),
-                "pictures": len(flat(fake)), "network": extractor.describe(),
+                "pictures": len(flat(fake)),
+                "network": extractor.describe(),
             }  # fmt: skip
         )
     return rows

@@ -133,7 +133,9 @@ def read_frames(folder, image_size) -> np.ndarray:
     sizes = [_image_size(f) for files in found for f in files]
     for file, size in zip((f for files in found for f in files), sizes):
         if size != sizes[0]:
-            raise UserError(f"--frames: {file} is {size[0]}×{size[1]} pixels, the others are {sizes[0][0]}×{sizes[0][1]}; give first frames of one size")
+            raise UserError(
+                f"--frames: {file} is {size[0]}×{size[1]} pixels, the others are {sizes[0][0]}×{sizes[0][1]}; give first frames of one size"
+            )
     if abs(sizes[0][1] / sizes[0][0] / (height / width) - 1) > ASPECT:
         raise UserError(f"--frames: images of {sizes[0][0]}×{sizes[0][1]} pixels have other proportions than the model's {width}×{height}; crop them")
     return np.stack([np.stack([load_image(f, height, width) for f in files]) for files in found])

@@ -95,7 +95,9 @@ def check_driveable(trajectory: Trajectory, source: str) -> Trajectory:
     gaps = np.flatnonzero(steps > max(WIDEST_GAP, 2.5 * np.median(steps)))
     if len(gaps):
         at = gaps[0]
-        raise UserError(f"{source} has a gap in t from {times[at]:g} to {times[at + 1]:g} s, elsewhere it has a pose every {np.median(steps):.3g} s; fill it")
+        raise UserError(
+            f"{source} has a gap in t from {times[at]:g} to {times[at + 1]:g} s, elsewhere it has a pose every {np.median(steps):.3g} s; fill it"
+        )
     speed = np.linalg.norm(np.diff(poses[:, :2], axis=0), axis=1) / steps
     fast = np.flatnonzero(speed > FASTEST)
     if len(fast):
@@ -146,9 +148,13 @@ def read_trajectory(path) -> Trajectory:
     strange = np.argwhere(~(np.abs(values) < LARGEST))  # not a number, too
     if len(strange):
         row, column = strange[0]
-        raise UserError(f"{path}, row {row + 1}: {COLUMNS[column]} is {values[row, column]:g}, which is no place or time of a drive; give a finite number")
+        raise UserError(
+            f"{path}, row {row + 1}: {COLUMNS[column]} is {values[row, column]:g}, which is no place or time of a drive; give a finite number"
+        )
     falling = np.flatnonzero(np.diff(values[:, 0]) <= 0)
     if len(falling):
         row = falling[0] + 1
-        raise UserError(f"{path}, row {row + 1}: t = {values[row, 0]:g} s comes after {values[row - 1, 0]:g} s; t must rise from row to row, sort them")
+        raise UserError(
+            f"{path}, row {row + 1}: t = {values[row, 0]:g} s comes after {values[row - 1, 0]:g} s; t must rise from row to row, sort them"
+        )
     return Trajectory(values[:, 0], values[:, 1:])

@@ -35,7 +35,9 @@ def is_finished(folder, identity: dict, files) -> bool:
         raise UserError(f"{folder} holds a finished video, but {record} does not tell which; remove that folder, or choose another --out") from None
     different = differences(old, json.loads(json.dumps(identity)))
     if different:
-        raise UserError(f"{folder} holds another finished video, which differs in {', '.join(different[:4])}; remove that folder, or choose another --out")
+        raise UserError(
+            f"{folder} holds another finished video, which differs in {', '.join(different[:4])}; remove that folder, or choose another --out"
+        )
     return all((record.parent / file).exists() for file in files)
 
 

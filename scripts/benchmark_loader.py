@@ -220,10 +220,14 @@ def main():
         threads = threads_for(ClipSource(data, "train", [spec], cache_bytes=0))
         found = measure(jobs, options.rounds, options.seconds)
     by_clip, by_record = found["array_record, clip by clip"], found["array_record, record by record"]
-    print(f"{megabytes:.3f} MB of latents a clip, batches of {options.batch}, {threads} thread(s); shares are of array_record's first row and of its second")
+    print(
+        f"{megabytes:.3f} MB of latents a clip, batches of {options.batch}, {threads} thread(s); shares are of array_record's first row and of its second"
+    )
     for name, (rate, cpu) in found.items():
         shares = f"{rate / by_clip[0]:6.2f} {rate / by_record[0]:5.2f}"
-        print(f"{name:36}{rate:8.0f} clips/s {rate * megabytes:6.0f} MB/s {shares}   {cpu * 1e6:7.0f} us CPU a clip, {by_clip[1] / cpu:.2f} {by_record[1] / cpu:.2f}")
+        print(
+            f"{name:36}{rate:8.0f} clips/s {rate * megabytes:6.0f} MB/s {shares}   {cpu * 1e6:7.0f} us CPU a clip, {by_clip[1] / cpu:.2f} {by_record[1] / cpu:.2f}"
+        )
     plan, rate, full = needs()
     reached = found["our loader, no memory of records"][0] * megabytes
     print(

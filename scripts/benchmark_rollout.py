@@ -98,7 +98,17 @@ def streamed(options) -> dict:
 
 def in_child(kind: str, seconds: float, options) -> dict:
     """What a process of its own finds."""
-    command = [sys.executable, __file__, "--child", kind, "--seconds", str(seconds), str(seconds), f"--steps={options.steps}", f"--weights={options.weights}"]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        kind,
+        "--seconds",
+        str(seconds),
+        str(seconds),
+        f"--steps={options.steps}",
+        f"--weights={options.weights}",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu"} | os.environ | {"MILA_CACHE": ""})
     if run.returncode:
         sys.exit(f"{kind}, {seconds:g} s: {run.stderr[-2000:]}")

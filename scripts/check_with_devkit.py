@@ -1,8 +1,8 @@
 """The three steps of scripts/check_with_devkit.sh: simulate and export run beside mila_jax, compare beside nuscenes-devkit.
 
-    python scripts/check_with_devkit.py simulate ROOT VERSION        two scenes of 4 s
-    python scripts/check_with_devkit.py export ROOT VERSION JSON     what our reader sees, per scene and camera
-    python scripts/check_with_devkit.py compare ROOT VERSION JSON    walks everything with the devkit; exit code 1 on a difference
+python scripts/check_with_devkit.py simulate ROOT VERSION        two scenes of 4 s
+python scripts/check_with_devkit.py export ROOT VERSION JSON     what our reader sees, per scene and camera
+python scripts/check_with_devkit.py compare ROOT VERSION JSON    walks everything with the devkit; exit code 1 on a difference
 """
 
 import json

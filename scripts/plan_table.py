@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The README's table of modelled layouts, made from the results of `mila plan`.
 
-  .venv/bin/python scripts/plan_table.py                 print the table of docs/plan/*.json
-  .venv/bin/python scripts/plan_table.py --update        put it into README.md
-  .venv/bin/python scripts/plan_table.py --run [NAME …]  plan the layouts of LAYOUTS anew (all, or those whose name contains NAME)
-  … --run --full                                         with whole compilations (minutes each)
+.venv/bin/python scripts/plan_table.py                 print the table of docs/plan/*.json
+.venv/bin/python scripts/plan_table.py --update        put it into README.md
+.venv/bin/python scripts/plan_table.py --run [NAME …]  plan the layouts of LAYOUTS anew (all, or those whose name contains NAME)
+… --run --full                                         with whole compilations (minutes each)
 """
 
 import argparse

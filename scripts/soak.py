@@ -48,7 +48,9 @@ def prepare(out: pathlib.Path) -> pathlib.Path:
     data = out / "encoded"
     common = ["--config.simulate.scenes=3", "--config.simulate.seconds=6.0", "--config.simulate.seed=5", f"--config.data.nuscenes={out / 'nuscenes'}"]
     for command in (["simulate", f"--out={out / 'nuscenes'}"], ["prepare", f"--config.data.dir={data}"]):
-        subprocess.run([sys.executable, "-m", "mila_jax", *command, *common, "--quiet"], check=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        subprocess.run(
+            [sys.executable, "-m", "mila_jax", *command, *common, "--quiet"], check=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+        )
     return data
 
 
@@ -186,7 +188,10 @@ def main() -> int:
             done[kind] += 1
             during += saving
             lost.append(max(0, run.step() - run.saved()))
-            print(f"{sum(done.values()):3} {kind}{', while saving' if saving and 'saving' not in kind else ''}: codes {codes}, step {run.step()}, saved {run.saved()}", flush=True)
+            print(
+                f"{sum(done.values()):3} {kind}{', while saving' if saving and 'saving' not in kind else ''}: codes {codes}, step {run.step()}, saved {run.saved()}",
+                flush=True,
+            )
             if told and codes != [PREEMPTED] * 2 and -signal.SIGTERM not in codes:  # the latter: still starting up
                 print(f"error: told to leave, the processes ended with {codes}; see {run.log.name}", file=sys.stderr)
                 return 1
@@ -207,7 +212,9 @@ def main() -> int:
     for kind in KINDS:
         print(f"  {kind:28} {done[kind]}")
     print(f"exit codes: {dict(ends)}; steps made again after an event: at most {max(lost, default=0)}, {sum(lost)} in all")
-    print(f"{len(expected)} arrays of step {expected['step']}: {'all equal bit for bit' if not different else f'{len(different)} differ: {different[:5]}'}")
+    print(
+        f"{len(expected)} arrays of step {expected['step']}: {'all equal bit for bit' if not different else f'{len(different)} differ: {different[:5]}'}"
+    )
     print(f"{time.monotonic() - began:.0f} s")
     if sum(done.values()) < options.events:
         print(f"error: the run ended after {sum(done.values())} of {options.events} events; give it more --steps", file=sys.stderr)

@@ -33,7 +33,10 @@ def main() -> None:
     text = compiled.as_text()
     kernels = text.count('custom_call_target="tpu_custom_call"')
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    print("RESULT" + json.dumps({"kind": devices[0].device_kind, "kernels": kernels, "temporaries": temporaries, "collectives": count_collectives(text)}))
+    print(
+        "RESULT"
+        + json.dumps({"kind": devices[0].device_kind, "kernels": kernels, "temporaries": temporaries, "collectives": count_collectives(text)})
+    )
 
 
 if __name__ == "__main__":

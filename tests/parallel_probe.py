@@ -85,7 +85,9 @@ def run(case, config=CONFIG) -> dict:
         ).lower(state, clip, key).compile()  # fmt: skip
         velocity = None
         if case.get("accumulate", 1) == 1:  # the velocity does not depend on it
-            forward = jax.jit(with_rules(rules, lambda params, clip: _forward(graphdef, config, params, clip)), in_shardings=(shardings.params, batches))
+            forward = jax.jit(
+                with_rules(rules, lambda params, clip: _forward(graphdef, config, params, clip)), in_shardings=(shardings.params, batches)
+            )
             velocity = np.asarray(forward(state.params, clip))
         state, metrics = step(state, clip, key)
     assert isinstance(state, TrainState)

@@ -18,7 +18,13 @@ from mila_jax.prepare import describe_data
 def test_tables_have_the_papers_rows_and_every_claim_is_made():
     found = ablate.tables(48)
     assert [len(rows) for rows in found.values()] == [2, 3, 6, 5, 4, 2]
-    assert [lead for lead, _ in found["Table 4: modules"]] == [["", "", ""], ["✓", "", ""], ["✓", "GT", ""], ["✓", "pseudo", ""], ["✓", "pseudo", "✓"]]
+    assert [lead for lead, _ in found["Table 4: modules"]] == [
+        ["", "", ""],
+        ["✓", "", ""],
+        ["✓", "GT", ""],
+        ["✓", "pseudo", ""],
+        ["✓", "pseudo", "✓"],
+    ]
     assert all(len(ablate.HEADS[title[6]]) == len(lead) for title, rows in found.items() for lead, _ in rows)
     assert [v.strategy for _, v in found["Table 2: long videos"]] == ["recurrent", "divide_and_conquer", "coarse_to_refine"]
     known = {v for rows in found.values() for _, v in rows}

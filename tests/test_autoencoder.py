@@ -28,8 +28,15 @@ TINY = AutoencoderConfig(block_out_channels=(8, 16), layers_per_block=1, latent_
 CONFIGS = [
     AutoencoderConfig(block_out_channels=(8,), layers_per_block=1, latent_channels=2, norm_num_groups=2),
     AutoencoderConfig(block_out_channels=(4, 8, 8, 12), layers_per_block=2, latent_channels=4, norm_num_groups=4),
-    AutoencoderConfig(block_out_channels=(8, 4), layers_per_block=3, latent_channels=5, norm_num_groups=4, use_quant_conv=False,
-                      use_post_quant_conv=False, mid_block_add_attention=False),
+    AutoencoderConfig(
+        block_out_channels=(8, 4),
+        layers_per_block=3,
+        latent_channels=5,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    ),
 ]
 
 
@@ -44,7 +51,7 @@ def tiny_file(tmp_path):
 def smooth_frames(count, seed=0, height=16, width=24):
     """Colour ramps of random direction, uint8 [count, height, width, 3]: easy to learn in a few steps."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     a, b, c = rng.uniform(-1, 1, (3, count, 1, 1, 3))
     images = 0.5 + 0.25 * (a * y[..., None] + b * x[..., None] + c)
     return np.clip(images * 255, 0, 255).astype(np.uint8)

@@ -58,7 +58,11 @@ def test_items_lie_apart(saved, state):
 def test_what_comes_back_is_what_went_in(saved, state, abstract):
     back = saved.restore(abstract)
     assert int(back.step) == 5
-    for a, b in zip(jax.tree.leaves((state.params, state.ema, state.opt_state, state.health)), jax.tree.leaves((back.params, back.ema, back.opt_state, back.health)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((state.params, state.ema, state.opt_state, state.health)),
+        jax.tree.leaves((back.params, back.ema, back.opt_state, back.health)),
+        strict=True,
+    ):
         assert a.dtype == b.dtype and np.array_equal(a, b)
 
 

@@ -21,7 +21,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command, target, arguments, settings", CASES, ids=[case[0].split(" --")[0] + str(number) for number, case in enumerate(CASES)])
+@pytest.mark.parametrize(
+    "command, target, arguments, settings", CASES, ids=[case[0].split(" --")[0] + str(number) for number, case in enumerate(CASES)]
+)
 def test_options_reach_what_they_are_for(monkeypatch, capsys, command, target, arguments, settings):
     got = []
     monkeypatch.setattr(target, lambda config, *args, **kwargs: got.append((config, args, kwargs)) or [])

@@ -18,7 +18,8 @@ from tests.tpu_compiler import ROOT, TPU_ENVIRONMENT
 
 
 @pytest.mark.parametrize(
-    "words, tokens, dtype, tolerance, masked", [(5, 7, jnp.float32, 1e-5, False), (130, 48, jnp.float32, 1e-5, True), (5, 7, jnp.bfloat16, 0.03, True)]
+    "words, tokens, dtype, tolerance, masked",
+    [(5, 7, jnp.float32, 1e-5, False), (130, 48, jnp.float32, 1e-5, True), (5, 7, jnp.bfloat16, 0.03, True)],
 )
 def test_equals_the_formula(words, tokens, dtype, tolerance, masked):
     r = np.random.default_rng(0)

@@ -61,7 +61,9 @@ def test_a_tpu_vm_asks_its_cloud(calls, monkeypatch):
         distributed.start()
 
 
-@pytest.mark.parametrize("process, processes, match", [("2", "2", "between 0 and"), ("x", "2", "whole numbers"), ("", "2", "without MILA_PROCESS_ID")])
+@pytest.mark.parametrize(
+    "process, processes, match", [("2", "2", "between 0 and"), ("x", "2", "whole numbers"), ("", "2", "without MILA_PROCESS_ID")]
+)
 def test_bad_variables(calls, monkeypatch, process, processes, match):
     explicit(monkeypatch, process, processes)
     with pytest.raises(UserError, match=match):

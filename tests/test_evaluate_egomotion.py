@@ -83,6 +83,7 @@ def test_drift_tells_how_videos_follow_their_waypoints(small_config, tmp_path):
     np.savez(folder / "latents.npz", intrinsics=INTRINSICS, extrinsics=_rig(), **arrays)
     (folder / "generate.json").write_text(json.dumps({"frames": 13, "strategy": "corrected", "anchor_stride": 4}))
     true = [[0.5, 0, 0]]
+
     def features(images):
         return images.reshape(len(images), -1)[:, :4].astype(float)
 
@@ -98,15 +99,20 @@ def test_only_videos_of_one_start_are_paired():
     """A named manoeuvre has the same waypoints wherever it begins."""
     arrays = {"poses": np.zeros((12, 3))}
     one = {"text": "Rain", "frames": 12, "seed": 0, "scene": "scene-0001", "time_us": 5, "identity": {"start": {"first frames": "a"}}}
-    drives = [drift_command_module._drive(one | changes, arrays) for changes in ({}, {"scene": "scene-0002"}, {"time_us": 6}, {"strategy": "recurrent"})]
+    drives = [
+        drift_command_module._drive(one | changes, arrays) for changes in ({}, {"scene": "scene-0002"}, {"time_us": 6}, {"strategy": "recurrent"})
+    ]
     assert drives[0] == drives[3] and len(set(drives)) == 3
-    folders = [drift_command_module._drive({k: v for k, v in one.items() if k != "scene"} | {"identity": {"start": start}}, arrays) for start in ("a", "b")]
+    folders = [
+        drift_command_module._drive({k: v for k, v in one.items() if k != "scene"} | {"identity": {"start": start}}, arrays) for start in ("a", "b")
+    ]
     assert len(set(folders)) == 2
 
 
 def test_drift_measures_each_video_with_its_own_cameras(small_config, tmp_path, monkeypatch):
     """Two videos of one name in two folders, of cars with other cameras than the recorded one's."""
     r, seen = np.random.default_rng(0), []
+
     def strips(intrinsics, translation, rotation, *size):
         seen.append(np.asarray(translation))
         return overlaps(intrinsics, translation, rotation, *size)

@@ -25,9 +25,7 @@ def test_depthwise_equals_grouped_convolution(size, stride, shape):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, *shape, 6)).astype(np.float32)
     kernel = rng.normal(size=(size, size, 1, 6)).astype(np.float32)
-    expected = jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6
-    )
+    expected = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6)
     got = jax.jit(depthwise, static_argnums=2)(x, kernel, stride)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 

@@ -54,7 +54,10 @@ def _random_params(net, rng):
     params, channels, convolutions = {name: {}}, 3, [x for x in layers if not isinstance(x, int)]
     for number, (out, kernel, _, _) in enumerate(convolutions):
         scale = np.sqrt(2 / (kernel * kernel * channels))
-        params[name][f"Conv_{number}"] = {"kernel": rng.normal(0, scale, (kernel, kernel, channels, out)).astype(np.float32), "bias": np.zeros(out, np.float32)}
+        params[name][f"Conv_{number}"] = {
+            "kernel": rng.normal(0, scale, (kernel, kernel, channels, out)).astype(np.float32),
+            "bias": np.zeros(out, np.float32),
+        }
         channels = out
     for number, index in enumerate(compared):
         params[f"NetLinLayer_{number}"] = {"Conv_0": {"kernel": np.ones((1, 1, convolutions[index][0], 1), np.float32)}}

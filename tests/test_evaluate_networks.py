@@ -130,7 +130,10 @@ with torch.no_grad():
 """
     subprocess.run([TORCH, "-c", code, str(tmp_path / "in.npz"), str(tmp_path / "out.npz")], check=True, timeout=300)
     params = inception.load_params(tmp_path / "a.pth", check=False)
-    ours = {"network": jax.jit(inception.forward)(params, x), "whole": jax.jit(inception_features, static_argnames="method")(params, pictures, method="squash")}
+    ours = {
+        "network": jax.jit(inception.forward)(params, x),
+        "whole": jax.jit(inception_features, static_argnames="method")(params, pictures, method="squash"),
+    }
     with np.load(tmp_path / "out.npz") as theirs:
         for part, values in ours.items():
             # Measured by what the input does to the features: those of random weights are mostly the same for all inputs.

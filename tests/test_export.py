@@ -124,8 +124,14 @@ def test_boxes_are_where_the_recorded_objects_are_then(small_config, tmp_path, c
     folder = _following(tmp_path / "a", small_config)
     out = export.export_command(small_config, [folder], tmp_path / "out", format_="nuscenes")
     assert "boxes of scene-0002" in capsys.readouterr().err
-    told, made, source = json.loads((out / "export.json").read_text()), _rows(out, export.VERSION), _rows(_root(small_config), small_config.data.version)
-    assert told[0]["follows"] == made["scene"][0]["name"] == "scene-0002" and told[0]["boxes"] == len(made["sample_annotation"]) == 2 * len(made["sample"])
+    told, made, source = (
+        json.loads((out / "export.json").read_text()),
+        _rows(out, export.VERSION),
+        _rows(_root(small_config), small_config.data.version),
+    )
+    assert told[0]["follows"] == made["scene"][0]["name"] == "scene-0002" and told[0]["boxes"] == len(made["sample_annotation"]) == 2 * len(
+        made["sample"]
+    )
     assert made["log"][0]["location"] == "boston-seaport" and made["scene"][0]["description"] == "Straight road 2"
     poses, data = {r["token"]: r for r in made["ego_pose"]}, made["sample_data"]
     sensors = {c["token"]: s["channel"] for c in made["calibrated_sensor"] for s in made["sensor"] if s["token"] == c["sensor_token"]}
@@ -150,7 +156,9 @@ def test_boxes_are_where_the_recorded_objects_are_then(small_config, tmp_path, c
     for name in VIEWS:
         theirs = next(s for s in open_nuscenes(small_config.data.nuscenes, small_config.data.version).scenes if s.name == "scene-0002").tracks[name]
         track = nusc.scenes[0].tracks[name]
-        np.testing.assert_allclose(track.ego_translation[:, 0], np.interp(track.timestamps_us, theirs.timestamps_us, theirs.ego_translation[:, 0]), atol=0.02)
+        np.testing.assert_allclose(
+            track.ego_translation[:, 0], np.interp(track.timestamps_us, theirs.timestamps_us, theirs.ego_translation[:, 0]), atol=0.02
+        )
     for row in made["instance"]:
         chain, token = [], row["first_annotation_token"]
         rows = {r["token"]: r for r in made["sample_annotation"]}
@@ -166,7 +174,11 @@ def _root(config):
 
 def test_videos_on_other_ways_have_no_boxes(small_config, tmp_path, capsys):
     """A path changed by hand, a scene twice, a video that says nothing of its scene, another data set."""
-    folders = [_following(tmp_path / "a", small_config), _following(tmp_path / "b", small_config, swerve=1.5), _following(tmp_path / "c", small_config)]
+    folders = [
+        _following(tmp_path / "a", small_config),
+        _following(tmp_path / "b", small_config, swerve=1.5),
+        _following(tmp_path / "c", small_config),
+    ]
     folders.append(_video(tmp_path / "d", small_config)[0])
     out = export.export_command(small_config, folders, tmp_path / "out", format_="nuscenes")
     told = json.loads((out / "export.json").read_text())
@@ -175,7 +187,11 @@ def test_videos_on_other_ways_have_no_boxes(small_config, tmp_path, capsys):
     assert "1.5 m and 0.00 rad apart" in told[1]["why_no_boxes"] and "names no recorded scene" in told[3]["why_no_boxes"]
     assert capsys.readouterr().err.count("no boxes") == 2
     about = json.loads((folders[0] / "generate.json").read_text())
-    for change, message in ({"scene": "scene-0009"}, "has no scene 'scene-0009'"), ({"time_us": 5}, "has no frame at 5"), ({"latents": 10}, "temporal latents"):
+    for change, message in (
+        ({"scene": "scene-0009"}, "has no scene 'scene-0009'"),
+        ({"time_us": 5}, "has no frame at 5"),
+        ({"latents": 10}, "temporal latents"),
+    ):
         (folders[0] / "generate.json").write_text(json.dumps(about | change))
         with pytest.raises(UserError, match=message):
             export.export_command(small_config, folders[:1], tmp_path / "more", format_="nuscenes")

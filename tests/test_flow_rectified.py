@@ -39,7 +39,7 @@ def test_loss_counts_every_noisy_value_once():
     np.testing.assert_allclose(loss.mean, square[mask].mean(), rtol=1e-5)
     np.testing.assert_allclose(loss.sample_sum / loss.sample_count, [square[0][mask[0]].mean(), square[1][mask[1]].mean()], rtol=1e-5)
     assert loss.count == square[mask].size == loss.sample_count.sum()
-    parts = [rf.masked_loss(prediction[b:b + 1], target[b:b + 1], mask[b:b + 1]) for b in range(2)]
+    parts = [rf.masked_loss(prediction[b : b + 1], target[b : b + 1], mask[b : b + 1]) for b in range(2)]
     np.testing.assert_allclose(sum(p.sum for p in parts) / sum(p.count for p in parts), loss.mean, rtol=1e-6)
     per_view = np.broadcast_to(mask[:, None], SHAPE[:3])
     assert rf.masked_loss(prediction, target, per_view).mean == loss.mean

@@ -47,7 +47,7 @@ def continuing(latents, levels, conditions):
 def knowing(latents, levels, conditions):
     """Drives each frame to its truth by its number; coarse windows (fps below 12) are wrong by a constant."""
     wrong = jnp.where(conditions["fps"] < 12, WRONG, 0.0)
-    target = OFFSET[:latents.shape[0]] + align(SLOPE * conditions["number"][:, None] + wrong[:, None, None], latents)
+    target = OFFSET[: latents.shape[0]] + align(SLOPE * conditions["number"][:, None] + wrong[:, None, None], latents)
     return (target - latents) / align(jnp.maximum(levels, 1e-6), latents)
 
 
@@ -123,8 +123,8 @@ def test_a_corrected_anchor_conditions_the_next_window():
     plan = plan_rollout(18, window=8, conditioning=2)
     video = _run(copying, plan).latents
     for window in (1, 2):
-        anchor = video[:, :, 6 * window - 1:6 * window]
-        np.testing.assert_allclose(video[:, :, 6 * window:6 * window + 5], np.repeat(anchor, 5, axis=2), atol=1e-5)
+        anchor = video[:, :, 6 * window - 1 : 6 * window]
+        np.testing.assert_allclose(video[:, :, 6 * window : 6 * window + 5], np.repeat(anchor, 5, axis=2), atol=1e-5)
         assert not jnp.allclose(video[:, :, 6 * window + 5], anchor[:, :, 0], atol=0.1)
 
 
@@ -136,7 +136,7 @@ def test_anchors_enter_re_noised():
         expected, level = renoise(video.anchors[:, :, number], OPTIONS.sigma_a, OPTIONS.a, noise[:, :, -1])
         assert float(level) == np.float32(OPTIONS.sigma_a)
         np.testing.assert_allclose(video.corrected[:, :, number], expected, atol=1e-6)
-        np.testing.assert_allclose(video.latents[:, :, 6 * number:6 * number + 5], noise[:, :, :5], atol=1e-6)
+        np.testing.assert_allclose(video.latents[:, :, 6 * number : 6 * number + 5], noise[:, :, :5], atol=1e-6)
     values = np.concatenate([video.latents.ravel(), video.anchors.ravel()])
     assert len(np.unique(values)) == values.size  # no noise is used twice, not in another stage either
 
@@ -182,21 +182,21 @@ def test_streaming_resuming_and_one_call_give_the_same_bits(strategy, given, str
     step = jax.jit(lambda *arguments: advance(_restless, *arguments), donate_argnums=0, compiler_options=QUICK)
     first = _truth(np.arange(1 - given, 1))
     whole = unmerge(np.asarray(step(start_state(first, plan), pad_rows(rows, 32), tables, key, plan.windows)[1]), (H, W, C))
-    assert not whole[plan.windows:].any()
+    assert not whole[plan.windows :].any()
     for size in (1, 3):
         state, parts = start_state(first, plan), []
         for begin in range(0, plan.windows, size):
             count = min(size, plan.windows - begin)
-            state, windows = step(state, pad_rows(jax.tree.map(lambda leaf: leaf[begin:begin + count], rows), size), tables, key, count)
+            state, windows = step(state, pad_rows(jax.tree.map(lambda leaf: leaf[begin : begin + count], rows), size), tables, key, count)
             parts.append(unmerge(np.asarray(windows)[:count], (H, W, C)))
-        assert np.array_equal(np.concatenate(parts), whole[:plan.windows])
+        assert np.array_equal(np.concatenate(parts), whole[: plan.windows])
     state = start_state(first, plan)
     for number in range(5):
         state = after_window(state, _row(rows, number), whole[number])
     for number in range(5, plan.windows):
-        state, window = step(state, jax.tree.map(lambda leaf: leaf[number:number + 1], rows), tables, key, 1)
+        state, window = step(state, jax.tree.map(lambda leaf: leaf[number : number + 1], rows), tables, key, 1)
         assert np.array_equal(unmerge(window, (H, W, C))[0], whole[number])
-    video = collect(plan, whole[:plan.windows])
+    video = collect(plan, whole[: plan.windows])
     streamed = np.concatenate([new_frames(plan, kind, window) for kind, window in zip(rows.kind, whole)], axis=2)
     assert np.array_equal(streamed[:, :, :40], video.latents)
     np.testing.assert_allclose(_run(_restless, plan, key=5, first=first).latents, video.latents, atol=1e-5)
@@ -211,7 +211,11 @@ def test_one_program_whatever_the_length_strategy_and_noise():
 
     step = jax.jit(lambda *arguments: advance(counting, *arguments), donate_argnums=0, compiler_options=QUICK)
     traced = None
-    for frames, strategy, options in [(12, "coarse_to_refine", OPTIONS), (720, "recurrent", OPTIONS), (90, "divide_and_conquer", SamplerOptions(3, alpha=0.0, shift=2.0))]:
+    for frames, strategy, options in [
+        (12, "coarse_to_refine", OPTIONS),
+        (720, "recurrent", OPTIONS),
+        (90, "divide_and_conquer", SamplerOptions(3, alpha=0.0, shift=2.0)),
+    ]:
         plan = plan_rollout(frames, window=8, conditioning=2, given=1, strategy=strategy)
         step(start_state(_truth([0]), plan), jax.tree.map(lambda leaf: leaf[:1], _rows(plan)), make_tables(plan, options), jax.random.key(0), 1)
         traced = traced or len(calls)

@@ -116,8 +116,7 @@ def _error(steps, family, alpha, frames=17):
 
 def test_direction_of_progress_matters():
     uniform, forward, reversed_, strong = (
-        _error(10, family, alpha)
-        for family, alpha in [("exponential", 0.0), ("exponential", 0.5), ("exponential", -0.5), ("power", 1.0)]
+        _error(10, family, alpha) for family, alpha in [("exponential", 0.0), ("exponential", 0.5), ("exponential", -0.5), ("power", 1.0)]
     )
     np.testing.assert_allclose([uniform, forward, reversed_, strong], [8.42e-3, 8.12e-3, 9.99e-3, 12.62e-3], rtol=3e-3)
     assert forward < uniform < reversed_ < strong

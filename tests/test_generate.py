@@ -49,7 +49,11 @@ def trained(small_config, tmp_path_factory):
 
 def run(config, *arguments):
     """The command with the paths of `config`; returns its exit code."""
-    settings = [f"--config.generate.weights={config.generate.weights}", f"--config.autoencoder.path={config.autoencoder.path}", "--config.generate.steps=2"]
+    settings = [
+        f"--config.generate.weights={config.generate.weights}",
+        f"--config.autoencoder.path={config.autoencoder.path}",
+        "--config.generate.steps=2",
+    ]
     return cli.main([arguments[0], "--quiet", *settings, *arguments[1:]])
 
 
@@ -231,7 +235,11 @@ def test_the_command_takes_the_guide(trained, tmp_path, capsys):
     guided = [*arguments, f"--config.generate.guide={tmp_path}/guide.safetensors"]
     assert run(config, *arguments, f"--out={tmp_path}/plain") == 0 and run(config, *guided, f"--out={tmp_path}/guided") == 0
     plain, video = (read_generated(tmp_path / folder) for folder in ("plain", "guided"))
-    assert plain[0]["made_by"] == theirs.sha256 and video[0]["made_by"].startswith(f"{theirs.sha256}+") and video[0]["made_by"].endswith(f"@{config.generate.guidance_model:g}")
+    assert (
+        plain[0]["made_by"] == theirs.sha256
+        and video[0]["made_by"].startswith(f"{theirs.sha256}+")
+        and video[0]["made_by"].endswith(f"@{config.generate.guidance_model:g}")
+    )
     assert np.abs(video[1]["latents"].astype(np.float32) - plain[1]["latents"]).max() > 0.01
     capsys.readouterr()
     assert run(config, *guided, f"--out={tmp_path}/guided", "--config.generate.guidance_model=2") == 2 and "weights" in capsys.readouterr().err
@@ -242,7 +250,10 @@ def test_which_guide(trained):
     assert find_guide(config) is None and load_chosen(config).guide is None
     config.generate.guide = os.path.dirname(config.generate.weights)
     chosen = load_chosen(config)
-    assert chosen.guide.sha256 == chosen.sha256 and signature(chosen, config.generate) == f"{chosen.sha256}+{chosen.sha256}@{config.generate.guidance_model:g}"
+    assert (
+        chosen.guide.sha256 == chosen.sha256
+        and signature(chosen, config.generate) == f"{chosen.sha256}+{chosen.sha256}@{config.generate.guidance_model:g}"
+    )
     config.generate.guidance_model = 1.0
     assert find_guide(config) is None and signature(load_chosen(config), config.generate) == chosen.sha256
     config.generate.update(guidance_model=1.5, guide="nowhere.safetensors")
@@ -343,7 +354,11 @@ def test_explain(trained, tmp_path, capsys):
     arguments = ["generate", f"--data={config.data.dir}", f"--scene={name}", "--seconds=2", "--explain", "--config.generate.anchor_stride=12"]
     assert run(config, *arguments, f"--out={tmp_path}/e") == 0
     text = capsys.readouterr().out
-    assert "24 frames at 12 Hz in 5 windows" in text and "coarse   1     1  -1 0 | 12 24 36 48 60 72" in text and "7 8 9 10 11 12*" in text.replace("5 6 | ", "")
+    assert (
+        "24 frames at 12 Hz in 5 windows" in text
+        and "coarse   1     1  -1 0 | 12 24 36 48 60 72" in text
+        and "7 8 9 10 11 12*" in text.replace("5 6 | ", "")
+    )
     with Image.open(tmp_path / "e" / "schedule.png") as picture:
         assert picture.width > 3 * 8 * 30
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["schedule.png"]
@@ -519,7 +534,13 @@ def test_broken_data_is_one_line_that_names_the_file(small_config, tmp_path, cap
         shard = tmp_path / name / "train-00000.array_record"
         shard.write_bytes(damage(shard.read_bytes()))
         sizes = ["--config.train.batch=4", "--config.train.steps=40", "--config.model.width=16", "--config.model.depth=1", "--config.model.heads=2"]
-        message = fails("train", f"--config.data.dir={tmp_path}/{name}", f"--config.train.dir={tmp_path}/run-{name}", "--config.train.fps_weights=(1.0, 0.0)", *sizes)
+        message = fails(
+            "train",
+            f"--config.data.dir={tmp_path}/{name}",
+            f"--config.train.dir={tmp_path}/run-{name}",
+            "--config.train.fps_weights=(1.0, 0.0)",
+            *sizes,
+        )
         assert "train-00000.array_record" in message
 
 
@@ -552,7 +573,12 @@ def test_unknown_keys_and_commands(capsys, tmp_path):
         cli.main(["train", "--stepz=5"])
     assert error.value.code == 2
     capsys.readouterr()
-    for mistake in (["generate", "--seconds=many", "--data=d", "--out=o"], ["generate", "--out=o"], ["nosuch"], ["generate", "--frames=f", "--data=d", "--out=o"]):
+    for mistake in (
+        ["generate", "--seconds=many", "--data=d", "--out=o"],
+        ["generate", "--out=o"],
+        ["nosuch"],
+        ["generate", "--frames=f", "--data=d", "--out=o"],
+    ):
         with pytest.raises(SystemExit) as error:
             cli.main(mistake)
         text = capsys.readouterr().err

@@ -78,7 +78,11 @@ def test_meshes_that_do_not_fit_name_the_key():
     config.generate.guidance_batched = False
     assert evaluations(config.generate, 3) == 3
     devices = list(range(8))
-    for sizes, samples, message in [(dict(data=3), 3, "mesh sizes"), (dict(data=8), 3, "mesh.data=8 does not divide 3"), (dict(context=3), 1, "mesh sizes")]:
+    for sizes, samples, message in [
+        (dict(data=3), 3, "mesh sizes"),
+        (dict(data=8), 3, "mesh.data=8 does not divide 3"),
+        (dict(context=3), 1, "mesh sizes"),
+    ]:
         config.mesh.update(ONE | dict(data=-1) | sizes)
         with pytest.raises(UserError, match=message):
             generation_mesh(config.mesh, samples, devices)

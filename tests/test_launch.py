@@ -222,7 +222,7 @@ def test_dry_run_of_the_small_commands(asked, expected, repository, tools):
 
 
 def test_what_is_strange_stays_quoted_through_both_shells(repository, tools):
-    arguments = ["generate", "--text=it's \"wet\" $HOME; rm *", "--out=my runs/a\tb", "", "--frames=ü"]
+    arguments = ["generate", '--text=it\'s "wet" $HOME; rm *', "--out=my runs/a\tb", "", "--frames=ü"]
     for script, type_ in (("tpu_vm.sh", "v6e-1"), ("tpu_pod.sh", "v6e-16")):
         done = launch(repository, script, "start", "n", f"--type={type_}", "--dry-run", "--", *arguments, path=tools)
         command = next(w for w in shlex.split(done.stdout) if w.startswith("--command=")).removeprefix("--command=")

@@ -123,7 +123,9 @@ def test_attention_weights_depend_on_directions_relative_to_each_other():
     r = np.random.default_rng(0)
     rays = jnp.asarray(r.normal(size=(5, 3)), jnp.float32)
     angle = 1.1
-    turned = jnp.stack([np.cos(angle) * rays[:, 0] - np.sin(angle) * rays[:, 1], np.sin(angle) * rays[:, 0] + np.cos(angle) * rays[:, 1], rays[:, 2]], -1)
+    turned = jnp.stack(
+        [np.cos(angle) * rays[:, 0] - np.sin(angle) * rays[:, 1], np.sin(angle) * rays[:, 0] + np.cos(angle) * rays[:, 1], rays[:, 2]], -1
+    )
     q, k = jnp.asarray(r.normal(size=(2, 5, 1, 12)), jnp.float32)
 
     def products(directions):

@@ -132,7 +132,12 @@ def test_a_still_scene_is_known_for_ever_and_noise_not_at_all():
     """A scene is measured through its poses and cameras as the reader gives them."""
     r = np.random.default_rng(0)
     intrinsics, extrinsics = (np.asarray(x)[0].swapaxes(0, 1) for x in _rig(40))
-    scene = {"times": np.arange(40) / 12, "intrinsics": intrinsics, "cam2ego_translation": extrinsics[..., :3], "cam2ego_rotation": extrinsics[..., 3:]}
+    scene = {
+        "times": np.arange(40) / 12,
+        "intrinsics": intrinsics,
+        "cam2ego_translation": extrinsics[..., :3],
+        "cam2ego_rotation": extrinsics[..., 3:],
+    }
     scene["ego_translation"], scene["ego_rotation"] = np.zeros((40, 6, 3)), np.broadcast_to([1.0, 0, 0, 0], (40, 6, 4))
     times, still = jnp.asarray([[0.0, 2.0]]), jnp.zeros((1, 2, 3))
 

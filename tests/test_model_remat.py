@@ -15,7 +15,9 @@ from mila_jax.model.remat import NAMES, parts
 from mila_jax.train.state import abstract_model
 from tests.test_model_dit import make_conditions
 
-CONFIG = DiTConfig(width=16, depth=2, heads=2, in_channels=2, out_channels=2, text_width=6, text_length=3, pred_sigma=False, fourier_bands=2, unroll=1)
+CONFIG = DiTConfig(
+    width=16, depth=2, heads=2, in_channels=2, out_channels=2, text_width=6, text_length=3, pred_sigma=False, fourier_bands=2, unroll=1
+)
 
 
 def inner_programs(equation):

@@ -54,7 +54,9 @@ def test_changed_table_is_read_again(folder, builds, table):
     assert len(builds) == 3
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\x80\x04cos\nsystem\n", lambda b: b.replace(b"_index/1", b"_index/0")])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\x80\x04cos\nsystem\n", lambda b: b.replace(b"_index/1", b"_index/0")]
+)
 def test_damaged_copy_is_made_again(folder, builds, damage):
     whole = open_index(folder, worth_keeping=0)
     cache_path(folder).write_bytes(damage(cache_path(folder).read_bytes()))

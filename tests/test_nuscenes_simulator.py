@@ -193,8 +193,13 @@ def test_remove_spares_other_data_sets(tmp_path):
 
 @pytest.mark.parametrize(
     "settings, words",
-    [({"scenes": 0}, "simulate.scenes=0"), ({"val_scenes": 3}, "simulate.val_scenes=3"), ({"seconds": 0.5}, "simulate.seconds=0.5"),
-     ({"seconds": float("nan")}, "simulate.seconds=nan"), ({"seed": -1}, "simulate.seed=-1")],
+    [
+        ({"scenes": 0}, "simulate.scenes=0"),
+        ({"val_scenes": 3}, "simulate.val_scenes=3"),
+        ({"seconds": 0.5}, "simulate.seconds=0.5"),
+        ({"seconds": float("nan")}, "simulate.seconds=nan"),
+        ({"seed": -1}, "simulate.seed=-1"),
+    ],
 )
 def test_impossible_settings(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):

@@ -93,7 +93,10 @@ def test_rules_from_the_command_line():
         load_config("configs/tiny.py", ["--config.mesh.rules.a.b=1"])
     with pytest.raises(UserError, match="mesh.rules.embed=1 must be a mesh axis"):
         rules_from_config(load_config("configs/tiny.py", ["--config.mesh.rules.embed=1"]))
-    assert load_config("configs/tiny.py", ["--config.mesh.rules.embed=fsdp", "--config.mesh.rules.embed=('data','fsdp')"]).mesh.rules.embed == ("data", "fsdp")
+    assert load_config("configs/tiny.py", ["--config.mesh.rules.embed=fsdp", "--config.mesh.rules.embed=('data','fsdp')"]).mesh.rules.embed == (
+        "data",
+        "fsdp",
+    )
     assert [dict(c.mesh.rules) for c in (changed("configs/tiny.py", ["--config.mesh.rules.embed=tensor"], x) for x in parse_sweep("mesh.rules.embed=None,fsdp"))] == [
         {"embed": None}, {"embed": "fsdp"}
     ]  # fmt: skip
@@ -130,7 +133,9 @@ def test_devices_without_slices_can_be_split_in_their_order():
     assert {d.id for d in mesh[2:].flat} == {4, 5, 6, 7}
 
 
-@pytest.mark.parametrize("shape, slices, dcn_data, key", [((1, 8, 1, 1), 2, -1, "mesh.data"), ((2, 4, 1, 1), 2, 4, "mesh.dcn_data"), ((4, 2, 1, 1), 1, 4, "mesh.dcn_data")])
+@pytest.mark.parametrize(
+    "shape, slices, dcn_data, key", [((1, 8, 1, 1), 2, -1, "mesh.data"), ((2, 4, 1, 1), 2, 4, "mesh.dcn_data"), ((4, 2, 1, 1), 1, 4, "mesh.dcn_data")]
+)
 def test_slices_that_do_not_fit_name_the_key(shape, slices, dcn_data, key):
     with pytest.raises(UserError, match=key):
         arrange(shape, [Device(i, slice_index=i % slices, platform="tpu", device_kind="none") for i in range(8)], dcn_data)

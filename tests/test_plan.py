@@ -106,7 +106,9 @@ def test_the_list_of_matmuls_is_what_the_program_does(step, settings, tolerance)
 
 def test_a_guide_is_part_of_the_sampling_step(tmp_path):
     """Of another width and depth than the model, evaluated once where text guidance evaluates the model twice."""
-    guide = load_config("configs/tiny.py", [*SMALL, "--config.model.precondition=none", "--config.model.depth=1", "--config.model.width=16", "--config.model.heads=2"])
+    guide = load_config(
+        "configs/tiny.py", [*SMALL, "--config.model.precondition=none", "--config.model.depth=1", "--config.model.width=16", "--config.model.heads=2"]
+    )
     data = data_description(guide)
     save_model(tmp_path / "model.safetensors", create(model_config(guide, data))[1], guide, data, None, {})
     settings = [*SMALL, "--config.model.precondition=none", "--config.generate.guidance_text=2.0"]
@@ -230,7 +232,9 @@ def test_a_process_that_was_killed_says_nothing_of_the_layout(capsys, compiled):
     assert run(capsys, "--topology=v5e:2x2")[0] == 0 and len(compiled.asked) == 2
 
 
-@pytest.mark.parametrize("accumulate, words", [(2, "not a multiple of train.accumulate"), (3, "not a multiple of train.accumulate"), (0, "must be at least 1")])
+@pytest.mark.parametrize(
+    "accumulate, words", [(2, "not a multiple of train.accumulate"), (3, "not a multiple of train.accumulate"), (0, "must be at least 1")]
+)
 def test_parts_of_a_batch_that_training_refuses(capsys, compiled, accumulate, words):
     code, _, err = run(capsys, "--topology=v5e:4x4", "--config.train.batch=16", "--config.mesh.fsdp=16", f"--config.train.accumulate={accumulate}")
     assert code == 2 and words in err and not compiled.asked
@@ -243,7 +247,9 @@ def test_a_sampling_step_lies_as_generation_lays_it():
         config = load_config("configs/tiny.py", [*SMALL, *guided, *settings])
         sizes = plan_sizes(config, 8, "sample")
         assert (sizes.passes, sizes.mesh["data"]) == (2, data)
-    config = load_config("configs/tiny.py", [*SMALL, *guided, "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.generate.guidance_batched=False"])
+    config = load_config(
+        "configs/tiny.py", [*SMALL, *guided, "--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.generate.guidance_batched=False"]
+    )
     with pytest.raises(UserError, match="1 sample"):
         plan_sizes(config, 8, "sample")
 
@@ -263,7 +269,9 @@ def test_the_child_does_not_outlive_its_parent(monkeypatch):
 
 
 def test_memory_reports_are_read():
-    report = "Memory Space: default (color=0)\nTotal bytes: 240401376 (229.26MiB)\n  x\n\nMemory Space: vmem (color=1)\nTotal bytes: 36700160 (35.00MiB)\n"
+    report = (
+        "Memory Space: default (color=0)\nTotal bytes: 240401376 (229.26MiB)\n  x\n\nMemory Space: vmem (color=1)\nTotal bytes: 36700160 (35.00MiB)\n"
+    )
     assert compiler.memory_report(report) == {"default": 240401376, "vmem": 36700160}
 
 
@@ -300,7 +308,15 @@ def test_a_sweep_skips_ranks_and_recommends(capsys, compiled, tmp_path):
 
 def test_one_layout_is_one_object(capsys, compiled, tmp_path):
     file = tmp_path / "plan.json"
-    code, out, _ = run(capsys, "--topology=v5p:2x2x1", "--step=sample", "--config.mesh.data=1", "--config.mesh.context=4", "--config.window.frames=8", f"--json={file}")
+    code, out, _ = run(
+        capsys,
+        "--topology=v5p:2x2x1",
+        "--step=sample",
+        "--config.mesh.data=1",
+        "--config.mesh.context=4",
+        "--config.window.frames=8",
+        f"--json={file}",
+    )
     result = json.loads(file.read_text())
     assert code == 0 and isinstance(result, dict)
     assert result["hbm"]["peak_gib"] == 8 and result["hbm"]["limit_gib"] == 95.74 and result["hbm"]["fits"]
@@ -321,7 +337,12 @@ def test_results_are_kept_until_something_changes(capsys, compiled, monkeypatch)
     run(capsys, "--topology=v5e:2x2")
     run(capsys, "--topology=v5e:2x2", "--config.train.log_every=7")  # changes no step
     assert len(compiled.asked) == 1
-    for arguments in (("--config.model.depth=3",), ("--step=sample", "--config.mesh.data=1", "--config.mesh.context=4", "--config.window.frames=8"), ("--full",), ("--no-cache",)):
+    for arguments in (
+        ("--config.model.depth=3",),
+        ("--step=sample", "--config.mesh.data=1", "--config.mesh.context=4", "--config.window.frames=8"),
+        ("--full",),
+        ("--no-cache",),
+    ):
         before = len(compiled.asked)
         run(capsys, "--topology=v5e:2x2", *arguments)
         assert len(compiled.asked) == before + 1, arguments

@@ -128,11 +128,14 @@ FUSED = """%fused (p0: f32[28,1024], p1: f32[1,1024], p2: s32[]) -> f32[28,1024]
 
 
 def test_slices_and_updates_in_place_move_only_the_slice():
-    update, cut = rows("""  %a = f32[28,1024]{1,0:T(8,128)} parameter(0)
+    update, cut = rows(
+        """  %a = f32[28,1024]{1,0:T(8,128)} parameter(0)
   %b = f32[1,1024]{1,0:T(1,128)} parameter(1)
   %i = s32[]{:S(2)} parameter(2)
   %u = f32[28,1024]{1,0:T(8,128)} fusion(%a, %b, %i), kind=kLoop, calls=%fused
-  ROOT %s = f32[1,1024]{1,0:T(1,128)} fusion(%u, %i), kind=kLoop, calls=%sliced""", FUSED)
+  ROOT %s = f32[1,1024]{1,0:T(1,128)} fusion(%u, %i), kind=kLoop, calls=%sliced""",
+        FUSED,
+    )
     assert (update.read, update.written) == (4096, 4096)
     assert (cut.read, cut.written) == (4096, 4096)
     assert cut.work.vector == 1024
@@ -191,8 +194,18 @@ COLLECTIVES = """  %a = f32[1024]{0:T(1024)} parameter(0)
 
 def test_collectives_by_kind_axis_and_way():
     gather, reduce = rows(COLLECTIVES, mesh=EIGHT)
-    assert (gather.collective.kind, gather.collective.axis, gather.collective.bytes, gather.collective.asynchronous) == ("all-gather", "fsdp", 16384, True)
-    assert (reduce.collective.kind, reduce.collective.axis, reduce.collective.bytes, reduce.collective.asynchronous) == ("all-reduce", "context", 16384, False)
+    assert (gather.collective.kind, gather.collective.axis, gather.collective.bytes, gather.collective.asynchronous) == (
+        "all-gather",
+        "fsdp",
+        16384,
+        True,
+    )
+    assert (reduce.collective.kind, reduce.collective.axis, reduce.collective.bytes, reduce.collective.asynchronous) == (
+        "all-reduce",
+        "context",
+        16384,
+        False,
+    )
     out = figures(walk(module(COLLECTIVES), CHIP, EIGHT), CHIP, 1e6, False)
     assert out["seconds"]["collectives"] == pytest.approx(gather.collective.seconds + reduce.collective.seconds)
     assert out["seconds"]["collectives_asynchronous"] == gather.collective.seconds
@@ -215,12 +228,16 @@ ASYNC = """%start (p0: bf16[256,512]) -> (bf16[256,512], bf16[1024,512], u32[]) 
 
 
 def test_a_collective_spread_over_fusions_counts_once():
-    found = rows("""  %a = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+    found = rows(
+        """  %a = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
   %s = (bf16[256,512]{1,0:T(8,128)(2,1)}, bf16[1024,512]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) fusion(%a), kind=kCustom, calls=%start
   %x = bf16[256,512]{1,0:T(8,128)(2,1)} get-tuple-element(%s), index=0
   %y = bf16[1024,512]{1,0:T(8,128)(2,1)} get-tuple-element(%s), index=1
   %z = u32[]{:S(2)} get-tuple-element(%s), index=2
-  ROOT %d = bf16[1024,512]{1,0:T(8,128)(2,1)} fusion(%x, %y, %z), kind=kCustom, calls=%done""", ASYNC, EIGHT)
+  ROOT %d = bf16[1024,512]{1,0:T(8,128)(2,1)} fusion(%x, %y, %z), kind=kCustom, calls=%done""",
+        ASYNC,
+        EIGHT,
+    )
     (row,) = [r for r in found if r.collective]
     assert (row.collective.bytes, row.collective.size, row.collective.asynchronous) == (1024 * 512 * 2, 4, True)
     assert sum(r.read + r.written for r in found) == 0
@@ -242,7 +259,11 @@ def test_attention_kernels_count_by_their_shapes():
     pairs = 7 * 9 * 2688 * 2688 * 128
     assert (forward.kernel, forward.work.flops) == ("forward", 4 * pairs)
     assert (backward.kernel, backward.work.flops) == ("backward", 10 * pairs)
-    split = rows(KERNELS.replace("bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)}) custom-call(%q, %k, %v, %o)", "f32[7,896,128]{2,1,0:T(8,128)}) custom-call(%q, %k, %v, %o)"))[1]
+    split = rows(
+        KERNELS.replace(
+            "bf16[7,9,2688,128]{3,2,1,0:T(8,128)(2,1)}) custom-call(%q, %k, %v, %o)", "f32[7,896,128]{2,1,0:T(8,128)}) custom-call(%q, %k, %v, %o)"
+        )
+    )[1]
     assert (split.kernel, split.work.flops) == ("backward_kv", 8 * pairs)
     narrow = rows(KERNELS.replace("2688,128]", "2688,72]"))[0]
     assert narrow.work.padded == pytest.approx(narrow.work.flops * 128 / 72)

@@ -18,7 +18,7 @@ from mila_jax.errors import UserError
 from mila_jax.evaluate.networks import Network
 from mila_jax.train.loop import train
 
-VIDEO = re.compile("video/mp4;base64,[^\"]*")
+VIDEO = re.compile('video/mp4;base64,[^"]*')
 SHORT = presets.ClipPreset("short", "six", 11, 1, "keyframes", fid_from=1, source="tests")
 
 
@@ -31,7 +31,10 @@ def _videos(frames):
     return np.concatenate([means.mean(1), np.abs(np.diff(means, axis=1)).mean(1)], -1)
 
 
-NETWORKS = [Network("FD-test", "means", "aa" * 32, "none", False, _pictures, 16), Network("FVD-test", "means of clips", "bb" * 32, "none", True, _videos, 2)]
+NETWORKS = [
+    Network("FD-test", "means", "aa" * 32, "none", False, _pictures, 16),
+    Network("FVD-test", "means of clips", "bb" * 32, "none", True, _videos, 2),
+]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +160,12 @@ def test_windows_have_rows_and_cards_of_their_own(trained, tmp_path):
     text = preset_report.report_command(tmp_path / "a", tmp_path / "a")
     assert "FVD-test front 0.1-0.9 s: " in text
 
-    for windows, message in (("0-1.5", "ends after the clip"), ("0-x", "is not START-STOP"), ("2-1", "a later second"), ("0-0.3", "FVD-test needs 9")):
+    for windows, message in (
+        ("0-1.5", "ends after the clip"),
+        ("0-x", "is not START-STOP"),
+        ("2-1", "a later second"),
+        ("0-0.3", "FVD-test needs 9"),
+    ):
         with pytest.raises(UserError, match=message):
             preset_scores.preset_command(trained, "short", tmp_path / "b", windows=windows, progress=False)
     assert not list((tmp_path / "b").rglob("*.npz"))
@@ -199,6 +207,7 @@ def test_following_and_agreement_stand_beside_the_recorded_videos(trained, tmp_p
 
 def test_measures_of_networks_tell_the_recorded_value(trained, tmp_path, monkeypatch):
     """Networks in miniature: DINO and CLIP by mean colours, AMT-S by a mean, LPIPS by the mean difference."""
+
     def open_vit(path, spec):
         return Network(spec.name, spec.name, path * 64, "none", False, _pictures, 16)
 

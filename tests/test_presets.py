@@ -26,7 +26,12 @@ OTHERS = {
     "final_layer.linear.weight": (32, 1152), "final_layer.linear.bias": (32,),
 }  # fmt: skip
 for _name in ("t_embedder", "fps_embedder"):
-    OTHERS |= {f"{_name}.mlp.0.weight": (1152, 256), f"{_name}.mlp.0.bias": (1152,), f"{_name}.mlp.2.weight": (1152, 1152), f"{_name}.mlp.2.bias": (1152,)}
+    OTHERS |= {
+        f"{_name}.mlp.0.weight": (1152, 256),
+        f"{_name}.mlp.0.bias": (1152,),
+        f"{_name}.mlp.2.weight": (1152, 1152),
+        f"{_name}.mlp.2.bias": (1152,),
+    }
 PUBLISHED = OTHERS | {f"{kind}_blocks.{i}.{name}": shape for kind in ("spatial", "temporal") for i in range(28) for name, shape in MATRIX.items()}
 
 
@@ -52,7 +57,9 @@ def test_all_973_names_go_both_ways():
     """Depth 28 with every name, at a width that fits a test; the published shapes are the test above and the slow one below."""
     config = DiTConfig(width=16, depth=28, heads=2, text_width=6, text_length=5, new_embeddings=False)
     r = np.random.default_rng(0)
-    state = {k: r.normal(size=s).astype(np.float32) for k, s in stdit3_weights.published_shapes(config).items()} | {"rope.freqs": np.zeros(4, np.float32)}
+    state = {k: r.normal(size=s).astype(np.float32) for k, s in stdit3_weights.published_shapes(config).items()} | {
+        "rope.freqs": np.zeros(4, np.float32)
+    }
     assert set(state) == set(PUBLISHED)
     params = stdit3_weights.load(stdit3_weights.abstract_parameters(config), config, state)
     again = stdit3_weights.save(params, config)

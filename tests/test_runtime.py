@@ -36,7 +36,9 @@ def test_tpus_are_found_by_their_device_nodes(tmp_path, files, pci, there):
     assert tpu_present(tmp_path) == there
 
 
-@pytest.mark.parametrize("libtpu, environment, files, chosen", [(True, "", (), "cpu"), (True, "", ("dev/accel0",), None), (False, "", (), None), (True, "tpu", (), None)])
+@pytest.mark.parametrize(
+    "libtpu, environment, files, chosen", [(True, "", (), "cpu"), (True, "", ("dev/accel0",), None), (False, "", (), None), (True, "tpu", (), None)]
+)
 def test_cpu_is_chosen_only_where_libtpu_would_look_in_vain(tmp_path, monkeypatch, libtpu, environment, files, chosen):
     make(tmp_path, *files)
     monkeypatch.setenv("JAX_PLATFORMS", environment)
@@ -48,7 +50,9 @@ def test_cpu_is_chosen_only_where_libtpu_would_look_in_vain(tmp_path, monkeypatc
 def test_with_libtpu_and_no_tpu_jax_starts_quietly_on_the_cpu(tmp_path):
     code = "from mila_jax.runtime import setup; setup(); import jax; print(jax.devices()[0].platform)"
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"MILA_CACHE": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, cwd=pathlib.Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, cwd=pathlib.Path(__file__).parents[1]
+    )
     assert (run.returncode, run.stdout.strip(), run.stderr) == (0, "cpu", "")
 
 
@@ -66,7 +70,10 @@ def test_cpu_flags_leave_what_is_set(monkeypatch):
     assert os.environ["XLA_FLAGS"] == ""
 
 
-@pytest.mark.parametrize("environment, files, cpu", [("cpu", ("dev/accel0",), True), ("tpu", (), False), ("", (), True), ("", ("dev/accel0",), False), ("", ("dev/nvidia0",), False)])
+@pytest.mark.parametrize(
+    "environment, files, cpu",
+    [("cpu", ("dev/accel0",), True), ("tpu", (), False), ("", (), True), ("", ("dev/accel0",), False), ("", ("dev/nvidia0",), False)],
+)
 def test_where_there_is_no_accelerator_it_is_the_cpu(tmp_path, monkeypatch, environment, files, cpu):
     make(tmp_path, *files)
     monkeypatch.setenv("JAX_PLATFORMS", environment)

@@ -15,7 +15,9 @@ from mila_jax.model.splash import BLOCKS, attend_splash, choose_block, splash
 from tests.tpu_compiler import ROOT, TPU_ENVIRONMENT
 
 
-@pytest.mark.parametrize("length, largest, block", [(2688, 896, 896), (5520, 896, 512), (100, 896, 128), (384, 896, 384), (1000, 896, 512), (130, 896, 256)])
+@pytest.mark.parametrize(
+    "length, largest, block", [(2688, 896, 896), (5520, 896, 512), (100, 896, 128), (384, 896, 384), (1000, 896, 512), (130, 896, 256)]
+)
 def test_block_is_the_largest_of_those_with_least_padding(length, largest, block):
     assert choose_block(length, largest) == block
 
@@ -60,7 +62,8 @@ def test_elsewhere_than_on_tpus_it_is_xla():
 
 @pytest.mark.tpu_backend
 @pytest.mark.parametrize(
-    "topology, heads, head, tokens", [("v5e:2x2", 9, 128, 2688), ("v5p:2x2x1", 16, 72, 2688), ("v6e:2x2", 16, 72, 5520), ("tpu7x:2x2x1", 9, 128, 5520)]
+    "topology, heads, head, tokens",
+    [("v5e:2x2", 9, 128, 2688), ("v5p:2x2x1", 16, 72, 2688), ("v6e:2x2", 16, 72, 5520), ("tpu7x:2x2x1", 9, 128, 5520)],
 )
 def test_compiles_ahead_of_time(topology, heads, head, tokens):
     """Forward and the fused backward, for lengths that are and are not multiples of the block; no scores in memory, no transfers."""

@@ -59,7 +59,9 @@ def test_stages_train_what_the_paper_says():
     parts = {".".join(map(str, p.path)): p for p in one.parts}
     assert "pairs.spatial.attn.qkv" in parts and parts["pairs.spatial.attn.qkv"].start is None
     assert (parts["pairs.temporal.mlp.fc1.kernel"].start, parts["pairs.temporal.mlp.fc1.kernel"].stop) == (27, 28)
-    assert "conditions.camera.fc1.kernel" in parts and "final.kernel" in parts and not any(name.startswith(("text", "time", "patch")) for name in parts)
+    assert (
+        "conditions.camera.fc1.kernel" in parts and "final.kernel" in parts and not any(name.startswith(("text", "time", "patch")) for name in parts)
+    )
     frozen = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(params)} - {".".join(map(str, p.path)) for p in two.parts}
     assert frozen and {name.split(".")[0] for name in frozen} == {"time", "fps", "text"}
     table = describe(params, one)

@@ -63,7 +63,9 @@ def test_missing_libraries_are_told_before_weights_are_read(folder, monkeypatch)
         make_text_encoder("t5", 6, folder / "nowhere")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None, reason="transformers is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None, reason="transformers is not installed"
+)
 @pytest.mark.filterwarnings("ignore")
 def test_parity_with_transformers(tensors):
     import torch

@@ -69,7 +69,12 @@ def test_sizes_and_modes_that_the_kernel_cannot_do_name_their_key():
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_ahead_of_time(topology):
     run = subprocess.run(
-        [sys.executable, "-m", "tests.temporal_probe", topology], capture_output=True, text=True, timeout=500, env=os.environ | TPU_ENVIRONMENT, cwd=ROOT
+        [sys.executable, "-m", "tests.temporal_probe", topology],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | TPU_ENVIRONMENT,
+        cwd=ROOT,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.loads(run.stdout.split("RESULT")[1])["kernels"] == 2

@@ -143,7 +143,9 @@ def test_windows_of_a_plan_are_those_of_training(given, strategy):
     assert refine.times[-1, -1] == pytest.approx((CHUNK.last_frame(given - 1 + refine.indices[-1, -1]) - CHUNK.last_frame(given - 1)) / 12)
 
 
-@pytest.mark.parametrize("sizes, words", [({"window": 8}, "multiples of 5"), ({"conditioning": 1}, "go on from whole chunks"), ({"given": 3}, "go on from whole chunks")])
+@pytest.mark.parametrize(
+    "sizes, words", [({"window": 8}, "multiples of 5"), ({"conditioning": 1}, "go on from whole chunks"), ({"given": 3}, "go on from whole chunks")]
+)
 def test_windows_that_are_no_whole_chunks(sizes, words):
     with pytest.raises(UserError, match=words):
         plan_rollout(20, **({"window": 10, "conditioning": 5, "chunks": CHUNK} | sizes))
@@ -204,7 +206,19 @@ def run(config, *arguments):
 
 def test_from_a_scene_to_a_video(trained, tmp_path):
     scene = next(s.name for s in read_index(trained.data.dir).scenes if s.split == "val")
-    assert run(trained, "generate", f"--data={trained.data.dir}", f"--scene={scene}", "--start=1.4", "--seconds=2.5", "--waypoints=left", f"--out={tmp_path}") == 0
+    assert (
+        run(
+            trained,
+            "generate",
+            f"--data={trained.data.dir}",
+            f"--scene={scene}",
+            "--start=1.4",
+            "--seconds=2.5",
+            "--waypoints=left",
+            f"--out={tmp_path}",
+        )
+        == 0
+    )
     assert len(read_video(tmp_path / "video.mp4")[0]) == 30
     about = json.loads((tmp_path / "generate.json").read_text())
     assert (about["frames"], about["latents"]) == (30, 10)
@@ -257,7 +271,12 @@ def test_videos_of_temporal_latents_are_told(tmp_path):
 
 @pytest.mark.parametrize(
     "changes, words",
-    [({}, None), ({"window.frames": 8}, "multiples of 5"), ({"train.fps": (12.0, 2.0)}, "train.fps=2 is no rate"), ({"autoencoder.temporal": "x"}, "'x' is unknown")],
+    [
+        ({}, None),
+        ({"window.frames": 8}, "multiples of 5"),
+        ({"train.fps": (12.0, 2.0)}, "train.fps=2 is no rate"),
+        ({"autoencoder.temporal": "x"}, "'x' is unknown"),
+    ],
 )
 def test_plans_of_temporal_latents(changes, words):
     config = load_config("configs/tiny.py")

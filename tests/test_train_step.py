@@ -40,7 +40,9 @@ def adam():
 
 def make_step(trainable=None, tx=None, **options):
     graphdef, _ = abstract_model(TINY)
-    static = dict(graphdef=graphdef, config=TINY, prior=None, objective=dataclasses.replace(OBJECTIVE, explode=3.0), tx=tx or adam(), trainable=trainable)
+    static = dict(
+        graphdef=graphdef, config=TINY, prior=None, objective=dataclasses.replace(OBJECTIVE, explode=3.0), tx=tx or adam(), trainable=trainable
+    )
     return jax.jit(functools.partial(train_step, **static, **options))
 
 
@@ -136,7 +138,8 @@ def test_frozen_parameters_stay_and_take_no_memory(mesh, parameters):
 
 
 @pytest.mark.parametrize(
-    "patterns, match", [(("pairs.spacial.*",), "names no parameter"), (("pairs[5].*",), "no pair of the 3"), (("pairs[0].*", "pairs[2].*"), "one run")]
+    "patterns, match",
+    [(("pairs.spacial.*",), "names no parameter"), (("pairs[5].*",), "no pair of the 3"), (("pairs[0].*", "pairs[2].*"), "one run")],
 )
 def test_bad_patterns(parameters, patterns, match):
     with pytest.raises(UserError, match=match):

@@ -29,7 +29,10 @@ def main() -> None:
 
     compiled = jax.jit(jax.value_and_grad(value, (0, 1, 2))).lower(tokens, words, words, mask).compile()
     text = compiled.as_text()
-    print("RESULT" + json.dumps({"kernels": text.count('custom_call_target="tpu_custom_call"'), "temporaries": compiled.memory_analysis().temp_size_in_bytes}))
+    print(
+        "RESULT"
+        + json.dumps({"kernels": text.count('custom_call_target="tpu_custom_call"'), "temporaries": compiled.memory_analysis().temp_size_in_bytes})
+    )
 
 
 if __name__ == "__main__":

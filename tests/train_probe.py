@@ -137,7 +137,9 @@ def _at_step_five(number: int) -> None:
     Trainer.batches = hooked
 
 
-HOOKS = {f.__name__: f for f in (small_files, full_disk, broken_batches, slow, early_notice, own_disk, terminate_at_five, interrupt_at_five, kill_at_five)}
+HOOKS = {
+    f.__name__: f for f in (small_files, full_disk, broken_batches, slow, early_notice, own_disk, terminate_at_five, interrupt_at_five, kill_at_five)
+}
 
 
 def main() -> int:

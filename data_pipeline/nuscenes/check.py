@@ -82,7 +82,9 @@ def check_files(root, names: Iterable[str], what: str) -> None:
     """Raises `UserError` that names the first of `what`'s images that is not there. Those in a bucket are not looked for: listing takes minutes."""
     lost = [] if is_remote(root) else absent(root, dict.fromkeys(names))
     if lost:
-        raise UserError(f"{join(root, lost[0])} is missing, the first of {len(lost)} images of {what} that are; mila prepare --check counts them by camera")
+        raise UserError(
+            f"{join(root, lost[0])} is missing, the first of {len(lost)} images of {what} that are; mila prepare --check counts them by camera"
+        )
 
 
 def is_whole(report: dict) -> bool:

@@ -151,9 +151,7 @@ def build_index(folder) -> RecordIndex:
     names = ["".join([found.files[i] + "\n" for i in order[a:b]]).encode() for a, b in zip(first, first[1:])]
     pose = found.pose[order]
     return RecordIndex(
-        scenes=[
-            {"name": s.name, "token": s.token, "description": s.description, "location": logs[s.log_token].location} for s in scenes
-        ],
+        scenes=[{"name": s.name, "token": s.token, "description": s.description, "location": logs[s.log_token].location} for s in scenes],
         sample_tokens=[row.token for row in samples],
         first=first.astype(np.int64),
         timestamps_us=found.timestamps[order],

@@ -23,8 +23,7 @@ OFFICIAL_RANGES = {
         "780-784 794-800 802 904-917 919-931 962-963 966-969 971-972 1059-1073"
     ),
     "test": (
-        "77-91 111-119 140 142-148 265-266 279-282 307-314 333-343 481-498 547-551 601-604 606-624 827-831 833-842 844-846 "
-        "932-933 935-943 1026-1043"
+        "77-91 111-119 140 142-148 265-266 279-282 307-314 333-343 481-498 547-551 601-604 606-624 827-831 833-842 844-846 932-933 935-943 1026-1043"
     ),
     "mini_train": "61 553 655 757 796 1077 1094 1100",
     "mini_val": "103 916",
@@ -66,9 +65,7 @@ def split_of_scenes(folder: Path, version: str, names: list[str]) -> dict[str, s
         lists = {plain: official_scenes(name) for name, plain in VERSION_SPLITS[version].items()}
         origin = f"the official split of {version}"
     else:
-        raise UserError(
-            f'{path} is missing and {version!r} has no official split; write the file as {{"train": [scene names], "val": [...]}}'
-        )
+        raise UserError(f'{path} is missing and {version!r} has no official split; write the file as {{"train": [scene names], "val": [...]}}')
     split_of = {name: split for split, members in lists.items() for name in members}
     unknown = [name for name in names if name not in split_of]
     if unknown:

@@ -115,7 +115,7 @@ def objects(hit, look, foot_scale):
     u = jnp.where(side, y + half[1], x + half[0])
     height = 2 * half[2]
     walls, glow = facade(u, z, height, hit["colour"], second, extra, foot_u, foot, night)
-    roof = (nz > 0.5)
+    roof = nz > 0.5
     walls = jnp.where(roof, linear(0.42, 0.41, 0.40), walls)
     glow = jnp.where(roof, 0.0, glow)
     body, lamps = car_body(x, y, z, half, extra, hit["colour"], nx, nz, night, foot)
@@ -131,7 +131,7 @@ def objects(hit, look, foot_scale):
         (PANEL, panel, None),
         (FOLIAGE, leaves, None),
     ):
-        chosen = (kind == code)
+        chosen = kind == code
         albedo = jnp.where(chosen, value, albedo)
         if light is not None:
             emission = jnp.where(chosen, light, emission)

@@ -109,12 +109,9 @@ def fixed_rows(logs: list[dict], root: Path) -> dict[str, list[dict]]:
         "category": [{"token": token("category", n), "name": n, "description": n, "index": i} for i, n in enumerate(CATEGORIES, 1)],
         "attribute": [{"token": token("attribute", n), "name": n, "description": n} for n in ATTRIBUTES],
         "visibility": [
-            {"token": t, "level": level, "description": f"visibility of whole object is in the range {level[1:]} %"}
-            for t, level, _ in VISIBILITIES
+            {"token": t, "level": level, "description": f"visibility of whole object is in the range {level[1:]} %"} for t, level, _ in VISIBILITIES
         ],
-        "sensor": [
-            {"token": token("sensor", c), "channel": c, "modality": "lidar" if c == LIDAR else "camera"} for c in CHANNELS
-        ],
+        "sensor": [{"token": token("sensor", c), "channel": c, "modality": "lidar" if c == LIDAR else "camera"} for c in CHANNELS],
         "map": [],
     }
     (root / "maps").mkdir(parents=True, exist_ok=True)
@@ -122,9 +119,7 @@ def fixed_rows(logs: list[dict], root: Path) -> dict[str, list[dict]]:
         filename = f"maps/{token('map', location)}.png"
         Image.fromarray(np.full((64, 64), 255, np.uint8)).save(root / filename)
         at = [log["token"] for log in logs if log["location"] == location]
-        rows["map"].append(
-            {"token": token("map", location), "log_tokens": at, "category": "semantic_prior", "filename": filename}
-        )
+        rows["map"].append({"token": token("map", location), "log_tokens": at, "category": "semantic_prior", "filename": filename})
     return rows
 
 

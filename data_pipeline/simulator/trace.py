@@ -147,9 +147,7 @@ def trace(camera, rays, scene, look):
     }  # fmt: skip
     nothing = jnp.zeros((3,) + t.shape, jnp.float32)
     # Branches save work, and XLA computes what enters them once instead of once per colour channel.
-    albedo, emission = lax.cond(
-        is_object.any(), lambda given: objects(given, look, camera["pixel"]), lambda given: (nothing, nothing), hit
-    )
+    albedo, emission = lax.cond(is_object.any(), lambda given: objects(given, look, camera["pixel"]), lambda given: (nothing, nothing), hit)
 
     flat = jnp.sqrt(d[0] ** 2 + d[1] ** 2)
     across = camera["pixel"] * jnp.where(is_object, 30.0, distance) + 0.01

@@ -1,11 +1,11 @@
 """Writes simulated drives in the official nuScenes v1.0 on-disk format.
 
-    <root>/<version>/*.json           the 13 tables, put together when all scenes are done
-    <root>/<version>/scenes/*.json    each finished scene's rows: what makes an interrupted run go on where it stopped
-    <root>/<version>/splits.json      {"train": [names], "val": [names]}: nuScenes has no split for these scenes
-    <root>/<version>/simulator.json   the settings that every scene of this data set was made with
-    <root>/samples, <root>/sweeps     keyframes and the frames between them, JPEG; keyframe lidar points, .pcd.bin
-    <root>/maps                       one mask per location
+<root>/<version>/*.json           the 13 tables, put together when all scenes are done
+<root>/<version>/scenes/*.json    each finished scene's rows: what makes an interrupted run go on where it stopped
+<root>/<version>/splits.json      {"train": [names], "val": [names]}: nuScenes has no split for these scenes
+<root>/<version>/simulator.json   the settings that every scene of this data set was made with
+<root>/samples, <root>/sweeps     keyframes and the frames between them, JPEG; keyframe lidar points, .pcd.bin
+<root>/maps                       one mask per location
 """
 
 import concurrent.futures
@@ -96,7 +96,9 @@ def in_processes(make, indices, workers: int):
                 future.result()
                 yield
         except concurrent.futures.process.BrokenProcessPool:
-            raise UserError("a rendering process was killed (out of memory?); finished scenes are kept, lower simulate.workers and run again") from None
+            raise UserError(
+                "a rendering process was killed (out of memory?); finished scenes are kept, lower simulate.workers and run again"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

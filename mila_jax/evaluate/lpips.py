@@ -64,7 +64,9 @@ def forward(params, a, b, net):
         x = activations[index]
         x = x / (jnp.sqrt((x**2).sum(-1, keepdims=True)) + 1e-10)
         squares = (x[: len(a)] - x[len(a) :]) ** 2
-        total = total + jnp.einsum("nhwc,c->nhw", squares, params[f"NetLinLayer_{number}"]["Conv_0"]["kernel"].reshape(-1), precision="highest").mean((1, 2))
+        total = total + jnp.einsum("nhwc,c->nhw", squares, params[f"NetLinLayer_{number}"]["Conv_0"]["kernel"].reshape(-1), precision="highest").mean(
+            (1, 2)
+        )
     return total
 
 
@@ -90,7 +92,12 @@ class Lpips:
     def __call__(self, reference, estimate):
         """Raises ValueError for other arrays, `UserError` for pictures that are too small for the network."""
         reference, estimate = np.asarray(reference), np.asarray(estimate)
-        if reference.shape != estimate.shape or reference.ndim != 4 or reference.shape[-1] != 3 or {reference.dtype, estimate.dtype} != {np.dtype(np.uint8)}:
+        if (
+            reference.shape != estimate.shape
+            or reference.ndim != 4
+            or reference.shape[-1] != 3
+            or {reference.dtype, estimate.dtype} != {np.dtype(np.uint8)}
+        ):
             got = f"{reference.dtype} {reference.shape} and {estimate.dtype} {estimate.shape}"
             raise ValueError(f"expected two uint8 arrays [n, H, W, 3] of one shape, got {got}")
         if min(reference.shape[1:3]) < SMALLEST[self.net]:

@@ -74,7 +74,9 @@ def window(frames: int, given: int, fps: float, start: float, stop: float, first
     inside = np.flatnonzero((numbers >= (given if first is None else first)) & (times >= start - 1e-6) & (times < stop - 1e-6))
     end = (frames - given + 1) / fps
     if not len(inside) or stop > end + 1e-6:
-        raise UserError(f"the window of {start:g} to {stop:g} s holds no frames or ends after the clip, which has {end:g} s at {fps:g} Hz; choose another")
+        raise UserError(
+            f"the window of {start:g} to {stop:g} s holds no frames or ends after the clip, which has {end:g} s at {fps:g} Hz; choose another"
+        )
     return int(inside[0]), len(inside)
 
 

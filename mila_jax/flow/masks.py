@@ -37,7 +37,7 @@ def parse_mask_strategy(text: str) -> list[tuple[int, int, int, int, int, float]
     groups = []
     for group in filter(None, (text or "").split(";")):
         fields = group.split(",")
-        fields += ["0", "0", "0", "0", "1", "0"][len(fields):]
+        fields += ["0", "0", "0", "0", "1", "0"][len(fields) :]
         try:
             *integers, ratio = fields
             loop, reference, start, target, length = (int(field) for field in integers)
@@ -47,8 +47,7 @@ def parse_mask_strategy(text: str) -> list[tuple[int, int, int, int, int, float]
     return groups
 
 
-def apply_mask_strategy(z, references: Sequence[Sequence[np.ndarray]], strategies: Sequence[str], *, loop: int = 0,
-                        align: int | None = None):
+def apply_mask_strategy(z, references: Sequence[Sequence[np.ndarray]], strategies: Sequence[str], *, loop: int = 0, align: int | None = None):
     """Copies reference latents into `z` and writes their edit ratios (Open-Sora 1.2, inference_utils.apply_mask_strategy).
 
     `z [B, V, T, h, w, c]`; `references[b]`: list of `[V, t, h, w, c]`; `strategies[b]`: text for `parse_mask_strategy`; groups of
@@ -74,8 +73,8 @@ def apply_mask_strategy(z, references: Sequence[Sequence[np.ndarray]], strategie
             if align is not None:
                 start, target = _snap(start, align, available), _snap(target, align, frames)
             length = min(length, frames - target, available - start)
-            z[sample, :, target:target + length] = reference[:, start:start + length]
-            ratio[sample, target:target + length] = edit
+            z[sample, :, target : target + length] = reference[:, start : start + length]
+            ratio[sample, target : target + length] = edit
     return z, ratio
 
 

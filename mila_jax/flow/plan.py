@@ -171,9 +171,18 @@ class RolloutPlan:
         return sum(stage.count for stage in self.stages.values())
 
 
-def plan_rollout(frames: int, *, fps: float = 12.0, window: int, conditioning: int, anchor_stride: int | None = None,
-                 strategy: str = "coarse_to_refine", given: int | None = None, chunks: Chunks | None = None,
-                 inner_anchors: bool = False) -> RolloutPlan:
+def plan_rollout(
+    frames: int,
+    *,
+    fps: float = 12.0,
+    window: int,
+    conditioning: int,
+    anchor_stride: int | None = None,
+    strategy: str = "coarse_to_refine",
+    given: int | None = None,
+    chunks: Chunks | None = None,
+    inner_anchors: bool = False,
+) -> RolloutPlan:
     """Plans a video of `frames` generated frames at `fps` per view.
 
     `window` T frames; `conditioning` N clean ones at its head; `anchor_stride` M frames between coarse frames, a multiple of T − N (the
@@ -223,7 +232,7 @@ def _coarse(start: int, frames: int, window: int, conditioning: int, stride: int
     step = window - conditioning
     count = -(-frames // step)
     row = [*range(start - conditioning + 1, start + 1), *(start + stride * (1 + np.arange(count * step)))]
-    indices = np.stack([row[number * step:number * step + window] for number in range(count)])
+    indices = np.stack([row[number * step : number * step + window] for number in range(count)])
     return Windows(indices, np.arange(window) < conditioning, conditioning, None, None, fps / stride, fps)
 
 
@@ -277,4 +286,6 @@ def _check(frames, fps, window, conditioning, anchor_stride, strategy, given, in
             f"({conditioning}), for strategy {strategy}: set generate.anchor_stride={new}, or generate.strategy=recurrent"
         )
     if strategy == "divide_and_conquer" and (new < 2 or inner_anchors and anchor_stride == 1):
-        raise UserError("divide_and_conquer keeps every anchor, so a window needs at least 2 new frames: with anchor_stride = 1 nothing is left to generate")
+        raise UserError(
+            "divide_and_conquer keeps every anchor, so a window needs at least 2 new frames: with anchor_stride = 1 nothing is left to generate"
+        )

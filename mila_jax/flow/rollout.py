@@ -154,7 +154,9 @@ def make_tables(plan: RolloutPlan, options: SamplerOptions) -> Tables:
             levels[row] = options.schedule(windows)
             anchor = [float(part) for part in coefficients(options.sigma_a, options.a)[:2]]
         if options.context_level and frames < 2 * plan.conditioning:  # noised frames would stay on as the next window's context
-            raise UserError(f"generate.context_level needs windows with at least as many new frames as conditioning ({plan.conditioning} of {frames})")
+            raise UserError(
+                f"generate.context_level needs windows with at least as many new frames as conditioning ({plan.conditioning} of {frames})"
+            )
         context = windows.clean & (np.arange(frames) < plan.conditioning)
         levels[row] = np.where(context, options.context_level, levels[row])
         keep[row] = np.where(context, 1 - options.context_level, windows.clean)
@@ -199,7 +201,7 @@ def start_state(first_frames, plan: RolloutPlan, anchors=None) -> State:
     if first_frames.shape[2] != plan.given:
         raise UserError(f"the plan is for {plan.given} first frames per view, got {first_frames.shape[2]}")
     xp = jnp if isinstance(first_frames, jax.Array) else np
-    context = first_frames[:, :, -plan.conditioning:]
+    context = first_frames[:, :, -plan.conditioning :]
     short = plan.conditioning - context.shape[2]  # the bootstrap window takes its few frames from the front
     context = xp.pad(context, [(0, 0), (0, 0), (0, short)] + [(0, 0)] * 3)
     new = plan.window - plan.conditioning
@@ -209,7 +211,7 @@ def start_state(first_frames, plan: RolloutPlan, anchors=None) -> State:
     if anchors is not None:
         if anchors.shape[2] != plan.anchors:
             raise UserError(f"the plan has {plan.anchors} anchors, got {anchors.shape[2]}")
-        room = xp.concatenate([xp.moveaxis(xp.asarray(anchors, context.dtype), 2, 0), room[plan.anchors:]])
+        room = xp.concatenate([xp.moveaxis(xp.asarray(anchors, context.dtype), 2, 0), room[plan.anchors :]])
     return State(context, xp.array(context), xp.asarray(room))  # two arrays: a donated one may not be passed twice
 
 
@@ -286,22 +288,32 @@ def collect(plan: RolloutPlan, windows, anchors=None) -> Rollout:
     for stage, stage_windows in plan.stages.items():
         if stage == "coarse" and anchors is not None:
             continue
-        here = windows[first:first + stage_windows.count]
+        here = windows[first : first + stage_windows.count]
         first += stage_windows.count
         if stage == "bootstrap":
-            parts.append(flat(here[:, :, :, plan.given:]))
+            parts.append(flat(here[:, :, :, plan.given :]))
         elif stage == "coarse":
-            anchors = flat(here[:, :, :, plan.conditioning:])[:, :, plan.anchor_slots]
+            anchors = flat(here[:, :, :, plan.conditioning :])[:, :, plan.anchor_slots]
         else:
-            parts.append(flat(here[:, :, :, plan.conditioning:]))
+            parts.append(flat(here[:, :, :, plan.conditioning :]))
     corrected = None
     if anchors is not None:  # `here` are the refining windows, the last stage
         corrected = flat(here[np.flatnonzero(plan.refine.anchored)][:, :, :, np.array(plan.refine.places)])
-    return Rollout(xp.concatenate(parts, axis=2)[:, :, :plan.frames], anchors, corrected)
+    return Rollout(xp.concatenate(parts, axis=2)[:, :, : plan.frames], anchors, corrected)
 
 
-def rollout(velocity: Callable, first_frames, plan: RolloutPlan, coarse_conditions, refine_conditions, key,
-            options: SamplerOptions = SamplerOptions(), *, bootstrap_conditions=None, anchors=None) -> Rollout:
+def rollout(
+    velocity: Callable,
+    first_frames,
+    plan: RolloutPlan,
+    coarse_conditions,
+    refine_conditions,
+    key,
+    options: SamplerOptions = SamplerOptions(),
+    *,
+    bootstrap_conditions=None,
+    anchors=None,
+) -> Rollout:
     """Generates a long video along `plan`; jit-able with `plan`, `options` and `velocity` closed over.
 
     `first_frames [B, V, G, h, w, c]` clean latents, the last is frame 0, G = plan.given; conditions of each stage (None if the plan

@@ -63,15 +63,26 @@ def levels(times, frames: int, family: str = "exponential", alpha=0.5):
 def check_anchor(a: float, sigma_a: float) -> None:
     """Raises UserError unless 0 ≤ a < 1, 0 < σ_a ≤ 1 and σ_a ≥ a (below `a` an anchor cannot be re-noised, eq. 12)."""
     if not 0 <= a < 1:
-        raise UserError(f"window.anchor_error: anchor error a = {a} must be in [0, 1): it is the part of a coarse anchor taken to be wrong (try 0.15)")
+        raise UserError(
+            f"window.anchor_error: anchor error a = {a} must be in [0, 1): it is the part of a coarse anchor taken to be wrong (try 0.15)"
+        )
     if not 0 < sigma_a <= 1:
         raise UserError(f"window.anchor_level: anchor level sigma_a = {sigma_a} must be in (0, 1] (try 0.4)")
     if sigma_a < a:
         raise UserError(f"anchor level sigma_a = {sigma_a} is below the anchor error a = {a}: raise sigma_a or lower a")
 
 
-def window_schedule(steps: int, clean, *, anchor: int | tuple[int, ...] | None = None, family: str = "exponential", alpha: float = 0.5,
-                    sigma_a: float = 0.4, a: float = 0.15, shift: float = 1.0):
+def window_schedule(
+    steps: int,
+    clean,
+    *,
+    anchor: int | tuple[int, ...] | None = None,
+    family: str = "exponential",
+    alpha: float = 0.5,
+    sigma_a: float = 0.4,
+    a: float = 0.15,
+    shift: float = 1.0,
+):
     """Levels of a whole window, `[K+1, T]`: 0 in every row for clean frames, TPD for the S noisy ones in their order.
 
     `clean [T]` bool (NumPy); `anchor`: position of the noisy tail anchor, which must be the last noisy frame, or None; or those of

@@ -46,8 +46,10 @@ class AutoencoderConfig:
             raise UserError("autoencoder config: block_out_channels is empty; give at least one level")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                raise UserError(f"autoencoder config: block_out_channels {self.block_out_channels} do not divide into "
-                                f"norm_num_groups {self.norm_num_groups}; change one of the two")
+                raise UserError(
+                    f"autoencoder config: block_out_channels {self.block_out_channels} do not divide into "
+                    f"norm_num_groups {self.norm_num_groups}; change one of the two"
+                )
 
     @property
     def compression(self) -> int:
@@ -57,8 +59,10 @@ class AutoencoderConfig:
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) for images of `height` x `width`; UserError when the image size does not divide."""
         if height % self.compression or width % self.compression:
-            raise UserError(f"image size {height}x{width} does not divide by the autoencoder's compression {self.compression}; "
-                            f"choose multiples of {self.compression}")
+            raise UserError(
+                f"image size {height}x{width} does not divide by the autoencoder's compression {self.compression}; "
+                f"choose multiples of {self.compression}"
+            )
         return height // self.compression, width // self.compression, self.latent_channels
 
 
@@ -182,9 +186,12 @@ class Encoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = _conv(config.in_channels * config.pixel_unshuffle**2, widths[0], 3, rngs)
-        self.down_blocks = nnx.List([
-            DownBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, i == len(widths) - 1, rngs=rngs)
-            for i in range(len(widths))])
+        self.down_blocks = nnx.List(
+            [
+                DownBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, i == len(widths) - 1, rngs=rngs)
+                for i in range(len(widths))
+            ]
+        )
         self.mid_block = MidBlock(widths[-1], config, rngs=rngs)
         self.conv_norm_out = _norm(widths[-1], groups, rngs)
         self.conv_out = _conv(widths[-1], 2 * config.latent_channels, 3, rngs)
@@ -205,9 +212,12 @@ class Decoder(nnx.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = _conv(config.latent_channels, widths[0], 3, rngs)
         self.mid_block = MidBlock(widths[0], config, rngs=rngs)
-        self.up_blocks = nnx.List([
-            UpBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, i == len(widths) - 1, rngs=rngs)
-            for i in range(len(widths))])
+        self.up_blocks = nnx.List(
+            [
+                UpBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, i == len(widths) - 1, rngs=rngs)
+                for i in range(len(widths))
+            ]
+        )
         self.conv_norm_out = _norm(widths[-1], groups, rngs)
         self.conv_out = _conv(widths[-1], config.out_channels * config.pixel_unshuffle**2, 3, rngs)
 

@@ -46,7 +46,7 @@ def infer_config(tensors: Mapping[str, np.ndarray], published: Mapping | None = 
         return tensors[name].shape
 
     def count(prefix):
-        found = {name[len(prefix):].split(".")[0] for name in tensors if name.startswith(prefix)}
+        found = {name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)}
         return len(found)
 
     fold = pixel_unshuffle**2
@@ -108,8 +108,10 @@ def fill_published(tensors: Mapping[str, np.ndarray], shapes: nnx.State, what: s
                 value = value[:, :, 0, 0]
             value = value.transpose(_AXES[value.ndim]) if value.ndim in _AXES else value
         if value.shape != leaf.shape:
-            raise UserError(f"{what} weights: tensor {name!r} has shape {tuple(tensors[name].shape)}, which does not fit the "
-                            f"config {config}; pass the config.json that belongs to these weights")
+            raise UserError(
+                f"{what} weights: tensor {name!r} has shape {tuple(tensors[name].shape)}, which does not fit the "
+                f"config {config}; pass the config.json that belongs to these weights"
+            )
         flat[path] = nnx.Param(jnp.asarray(value))
         used.add(name)
     extra = sorted(set(tensors) - used)
@@ -231,9 +233,9 @@ class Codec:
     def _in_chunks(self, function: Callable, items: np.ndarray) -> np.ndarray:
         outputs = []
         for start in range(0, max(len(items), 1), self.chunk):
-            part = items[start:start + self.chunk]
+            part = items[start : start + self.chunk]
             padding = np.zeros((self.chunk - len(part), *items.shape[1:]), items.dtype)
-            outputs.append(np.asarray(function(self.params, np.concatenate([part, padding])))[:len(part)])
+            outputs.append(np.asarray(function(self.params, np.concatenate([part, padding])))[: len(part)])
         return np.concatenate(outputs)
 
 

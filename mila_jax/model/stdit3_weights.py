@@ -121,7 +121,9 @@ def load(params: nnx.State, config: DiTConfig, state_dict, *, source: str = "sta
         flat[entry.ours] = variable.replace(jnp.asarray(value))
     for what, names in (("lacks", missing), ("has misshapen", wrong), ("has unknown", sorted(left))):
         if names:
-            raise UserError(f"{source} does not fit the model: it {what} {', '.join(names[:8])}{' …' if len(names) > 8 else ''} ({len(names)} in all)")
+            raise UserError(
+                f"{source} does not fit the model: it {what} {', '.join(names[:8])}{' …' if len(names) > 8 else ''} ({len(names)} in all)"
+            )
     return nnx.from_flat_state(flat)
 
 

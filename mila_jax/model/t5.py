@@ -154,7 +154,9 @@ def open_tokenizer(path):
 def check_ends(path, pad: int | None, end: int | None) -> None:
     """Raises `UserError` naming the file for a tokenizer that marks padding and ends with other ids than T5's."""
     if (pad, end) != (PAD, END):
-        raise UserError(f"{path} is not T5's tokenizer: its padding and end are {pad} and {end}, T5's {PAD} and {END}; set text.tokenizer to T5 v1.1's")
+        raise UserError(
+            f"{path} is not T5's tokenizer: its padding and end are {pad} and {end}, T5's {PAD} and {END}; set text.tokenizer to T5 v1.1's"
+        )
 
 
 class T5:
@@ -200,7 +202,9 @@ class T5:
         for row, ids in enumerate(self._tokenize([self._clean(text) for text in texts])):
             ids = ids[: self.length - 1] + [END] if len(ids) > self.length else ids
             if max(ids) >= self._config.vocabulary:
-                raise UserError(f"token {max(ids)} of {texts[row]!r} is beyond T5's {self._config.vocabulary} words; text.tokenizer is another model's")
+                raise UserError(
+                    f"token {max(ids)} of {texts[row]!r} is beyond T5's {self._config.vocabulary} words; text.tokenizer is another model's"
+                )
             mask[row, : len(ids)] = True
             padded = np.asarray(self._words[ids + [PAD] * (self.length - len(ids))])[None].astype(self._dtype)
             with np.errstate(over="ignore"):
@@ -215,7 +219,13 @@ def find_tokenizer(path):
     from data_pipeline.storage import Folder
 
     text = str(path)
-    folder = Folder(str(Path(text).parent) if "://" not in text and text.endswith(".safetensors") else text.rpartition("/")[0] if text.endswith(".safetensors") else text)
+    folder = Folder(
+        str(Path(text).parent)
+        if "://" not in text and text.endswith(".safetensors")
+        else text.rpartition("/")[0]
+        if text.endswith(".safetensors")
+        else text
+    )
     for name in ("spiece.model", "tokenizer.json"):
         if folder.exists(name):
             return folder.at(name)

@@ -119,8 +119,9 @@ class Encoder(nnx.Module):
         self.conv_in = CausalConv(config.channels, config.filters, 3, rngs, bias=False)
         ins = [config.filters, *widths[:-1]]
         self.block_res_blocks = nnx.List([_stage(a, b, config, rngs) for a, b in zip(ins, widths)])
-        self.conv_blocks = nnx.List([
-            CausalConv(c, c, 3, rngs, stride=2) if down else Nothing() for c, down in zip(widths, config.temporal_downsample)])
+        self.conv_blocks = nnx.List(
+            [CausalConv(c, c, 3, rngs, stride=2) if down else Nothing() for c, down in zip(widths, config.temporal_downsample)]
+        )
         self.res_blocks = _stage(widths[-1], widths[-1], config, rngs)
         self.norm1 = _norm(widths[-1], config.num_groups, rngs)
         self.conv2 = CausalConv(widths[-1], 2 * config.inner_channels, 1, rngs)
@@ -145,8 +146,7 @@ class Decoder(nnx.Module):
         self.res_blocks = _stage(widths[-1], widths[-1], config, rngs)
         ins = [*widths[1:], widths[-1]]  # what the level above leaves
         self.block_res_blocks = nnx.List([_stage(a, b, config, rngs) for a, b in zip(ins, widths)])
-        self.conv_blocks = nnx.List([
-            CausalConv(c, 2 * c, 3, rngs) if up else Nothing() for c, up in zip(widths[1:], config.temporal_downsample)])
+        self.conv_blocks = nnx.List([CausalConv(c, 2 * c, 3, rngs) if up else Nothing() for c, up in zip(widths[1:], config.temporal_downsample)])
         self.norm1 = _norm(widths[0], config.num_groups, rngs)
         self.conv_out = CausalConv(widths[0], config.channels, 3, rngs)
         self.doubles = config.temporal_downsample

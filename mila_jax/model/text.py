@@ -127,7 +127,7 @@ class WordTable:
         mask = np.zeros((len(texts), self.length), bool)
         mask[:, 0] = True
         for row, text in enumerate(texts):
-            words = re.findall(r"[a-z0-9]+", text.lower())[:self.length]
+            words = re.findall(r"[a-z0-9]+", text.lower())[: self.length]
             for column, word in enumerate(words):
                 tokens[row, column] = self._table[zlib.crc32(word.encode()) % len(self._table)]
                 mask[row, column] = True

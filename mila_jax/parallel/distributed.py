@@ -85,7 +85,9 @@ def start(initialize: str = "auto", *, timeout: int = 300) -> None:
         jax.distributed.initialize(**(explicit or {}), initialization_timeout=timeout, shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the processes did not find each other ({reason}); start the same command on every machine, or set distributed.initialize=never") from None
+        raise UserError(
+            f"the processes did not find each other ({reason}); start the same command on every machine, or set distributed.initialize=never"
+        ) from None
     if explicit is None and _workers() > 1 and jax.process_count() == 1:
         raise UserError(f"this is one of {_workers()} machines of a slice, but runs alone; start the same command on all of them")
 

@@ -87,7 +87,9 @@ def rules_from_config(config) -> dict:
     mesh = config.get("mesh", {})
     rules = rules_of(attention.get("parallel", "context"), mesh.get("rules", {}), mesh.get("gather", "layer"))
     if attention.get("temporal", "xla") == "fused" and (rules["query_frames"] or rules["key_frames"]):
-        raise UserError("attention.temporal=fused wants whole frames on every device; use attention.parallel=context or heads, or attention.temporal=xla")
+        raise UserError(
+            "attention.temporal=fused wants whole frames on every device; use attention.parallel=context or heads, or attention.temporal=xla"
+        )
     return rules
 
 
@@ -129,7 +131,9 @@ def spec(*names) -> P:
     used = [a for name in names for a in mesh_axes(name)]
     twice = {a for a in used if used.count(a) > 1}
     if twice:
-        raise UserError(f"mesh.rules split two axes of one array ({', '.join(map(str, names))}) over mesh axis {', '.join(sorted(twice))}; change one")
+        raise UserError(
+            f"mesh.rules split two axes of one array ({', '.join(map(str, names))}) over mesh axis {', '.join(sorted(twice))}; change one"
+        )
     return P(*(None if name is None else _rules.get()[name] for name in names))
 
 

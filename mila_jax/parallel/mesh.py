@@ -97,7 +97,9 @@ def check_divides(mesh: Mesh, batch: int, heads: int, width: int, frames: int, t
             axes = mesh_axes(name)
             parts = math.prod(mesh.shape[a] for a in axes)
             if size % parts:
-                raise UserError(f"{whose}{key}={size} is not a multiple of {'·'.join('mesh.' + a for a in axes)}={parts} ({name}); change one of them")
+                raise UserError(
+                    f"{whose}{key}={size} is not a multiple of {'·'.join('mesh.' + a for a in axes)}={parts} ({name}); change one of them"
+                )
     if mesh.shape["context"] > 1 and not any("context" in mesh_axes(name) for name in ("batch", "frames", "places", "temporal_frames")):
         raise UserError(f"mesh.context={mesh.shape['context']} would be left unused by attention.parallel=none; set mesh.context=1 or another mode")
 
@@ -108,4 +110,6 @@ def check_accumulation(train, mesh) -> None:
         raise UserError(f"train.accumulate={train.accumulate} must be at least 1")
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if train.batch % (train.accumulate * rows):
-        raise UserError(f"train.batch={train.batch} is not a multiple of train.accumulate·mesh.data·mesh.fsdp={train.accumulate * rows}; change one of them")
+        raise UserError(
+            f"train.batch={train.batch} is not a multiple of train.accumulate·mesh.data·mesh.fsdp={train.accumulate * rows}; change one of them"
+        )

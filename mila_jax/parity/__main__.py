@@ -29,7 +29,9 @@ def check_file(path) -> list[tuple[str, float, float]]:
     for format_ in (autoencoder_kl, rflow, vae_temporal):
         if format_.matches(npz):
             return format_.check(npz)
-    raise UserError(f"{path} is of no known format (STDiT3, AutoencoderKL, temporal autoencoder or rectified flow); its keys start with {sorted(npz)[:3]}")
+    raise UserError(
+        f"{path} is of no known format (STDiT3, AutoencoderKL, temporal autoencoder or rectified flow); its keys start with {sorted(npz)[:3]}"
+    )
 
 
 def main(paths) -> int:

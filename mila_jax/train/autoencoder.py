@@ -71,8 +71,7 @@ def make_optimizer(config: AutoencoderTraining, steps: int) -> optax.GradientTra
     """AdamW with clipping, linear warm-up, and cosine decay to 2 % of the peak at `steps`."""
     peak, warmup = config.learning_rate, min(config.warmup, max(steps // 4, 1))
     schedule = optax.warmup_cosine_decay_schedule(peak / 100, peak, warmup, max(steps, warmup + 1), end_value=peak * 0.02)
-    return optax.chain(optax.clip_by_global_norm(config.clip),
-                       optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=config.weight_decay))
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=config.weight_decay))
 
 
 def init_state(config: AutoencoderTraining, steps: int, seed: int, params=None) -> TrainState:
@@ -167,7 +166,7 @@ def batch_at(frames: np.ndarray, batch_size: int, seed: int, step: int) -> np.nd
 def _chunks(frames: np.ndarray, size: int):
     """Equal chunks (the last is dropped unless it is the only one), so that jitted functions compile once."""
     size = min(size, len(frames))
-    return (frames[start:start + size] for start in range(0, len(frames) - size + 1, size))
+    return (frames[start : start + size] for start in range(0, len(frames) - size + 1, size))
 
 
 def psnr(reference: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -196,7 +195,7 @@ def latent_statistics(model: AutoencoderConfig, params: nnx.State, frames: np.nd
     """Per-channel (mean [c], standard deviation [c]) of the posterior means over at most 1,024 evenly spaced frames."""
     graphdef, _ = abstract_autoencoder(model)
     encode = jax.jit(lambda params, images: nnx.merge(graphdef, params).encode(from_pixels(images))[0])
-    frames = frames[::math.ceil(len(frames) / 1024)]
+    frames = frames[:: math.ceil(len(frames) / 1024)]
     latents = np.concatenate([np.asarray(encode(params, part)) for part in _chunks(frames, 16)])
     return latents.mean(axis=(0, 1, 2), dtype=np.float64), latents.std(axis=(0, 1, 2), dtype=np.float64)
 
@@ -238,8 +237,7 @@ def train_autoencoder(
     start = int(state.step)
     history = [row for row in read_metrics(out_dir) if row["step"] <= start]
     began, step = time.monotonic(), start
-    with (open(out_dir / "metrics.jsonl", "w") as log,
-          tqdm(total=steps, initial=start, desc="autoencoder", disable=not progress) as bar):
+    with open(out_dir / "metrics.jsonl", "w") as log, tqdm(total=steps, initial=start, desc="autoencoder", disable=not progress) as bar:
         log.writelines(json.dumps(row) + "\n" for row in history)
         while step < steps and (minutes is None or time.monotonic() - began < 60 * minutes):
             state, metrics = train_step(state, batch_at(frames_train, config.batch_size, seed, step))
@@ -303,8 +301,17 @@ def _train_from(args) -> Path:
 
     train, val = split_frames(args.data, args.version, args.height, args.width, args.max_frames)
     config = AutoencoderTraining(batch_size=args.batch_size, learning_rate=args.learning_rate)
-    return train_autoencoder(train, val, config, args.out, args.steps, args.seed, minutes=args.minutes, init_from=args.init_from,
-                             card={"data": f"{Path(args.data).name} {args.version}"})
+    return train_autoencoder(
+        train,
+        val,
+        config,
+        args.out,
+        args.steps,
+        args.seed,
+        minutes=args.minutes,
+        init_from=args.init_from,
+        card={"data": f"{Path(args.data).name} {args.version}"},
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def split_frames(root, version: str, height: int, width: int, max_frames: int) -
         files = [file for scene in scenes if scene.split == split for track in scene.tracks.values() for file in track.files]
         if not files:
             raise UserError(f"{root} {version} has no frames in its {split!r} split; write or unpack more scenes")
-        files = files[::math.ceil(len(files) / limit)]
+        files = files[:: math.ceil(len(files) / limit)]
         frames[split] = _load(Path(root), files, height, width, f"{split} frames")
     return frames["train"], frames["val"]
 

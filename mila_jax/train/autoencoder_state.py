@@ -28,8 +28,9 @@ def save_state(out_dir: Path, state, identity: dict) -> None:
     path = out_dir / "state.safetensors"
     partial = path.with_suffix(".partial")
     try:
-        save_file({name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}, partial,
-                  {"identity": json.dumps(identity, sort_keys=True)})
+        save_file(
+            {name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}, partial, {"identity": json.dumps(identity, sort_keys=True)}
+        )
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --out") from error

@@ -5,7 +5,6 @@ state); config. Saving is asynchronous. A checkpoint counts once its folder has 
 the program, there is the newest finished one to go on from.
 """
 
-
 import contextlib
 import shutil
 
@@ -55,7 +54,9 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.folder} ({error.strerror}); set train.dir to a writable folder") from None
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, keep_period=self._keep_every or None, create=True, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, keep_period=self._keep_every or None, create=True, cleanup_tmp_directories=True
+        )
         return _Manager(self.folder, item_names=(*ITEMS, "meta", "data", "config"), options=options)
 
     def config(self) -> dict | None:

@@ -89,7 +89,9 @@ class Evaluation:
         except OSError as error:
             raise UserError(f"the autoencoder cannot be read ({error}); set autoencoder.path to a file, or train.eval_picture=False") from None
         if (self._video and self._video.sha256) != data.get("temporal_sha256"):
-            raise UserError(f"{config.data.dir} was made with another temporal autoencoder; set autoencoder.temporal to it, or train.eval_picture=False")
+            raise UserError(
+                f"{config.data.dir} was made with another temporal autoencoder; set autoencoder.temporal to it, or train.eval_picture=False"
+            )
         if self._codec.sha256 != data.get("autoencoder_sha256"):
             raise UserError(f"{config.data.dir} was made with another autoencoder; set autoencoder.path to it, or train.eval_picture=False")
 

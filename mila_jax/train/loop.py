@@ -331,7 +331,9 @@ def check_shared(folder) -> None:
     distributed.on_first("write a checkpoint", path.unlink)
     blind = [str(i + 1) for i, sees in enumerate(seen) if not sees]
     if blind:
-        raise UserError(f"process {', '.join(blind)} does not see what process 1 writes to {folder}; set train.checkpoints to storage that all machines share")
+        raise UserError(
+            f"process {', '.join(blind)} does not see what process 1 writes to {folder}; set train.checkpoints to storage that all machines share"
+        )
 
 
 def _check_same_run(folder, beside_checkpoint: dict | None, config, now: dict) -> None:

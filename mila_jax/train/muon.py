@@ -24,13 +24,17 @@ def muon(learning_rate, matrices, *, eps: float, weight_decay: float, adam_b2: f
     momentum where it has None."""
 
     def labels(params):
-        return jax.tree.map(lambda axes: "adam" if axes is None else "muon", matrices(params), is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+        return jax.tree.map(
+            lambda axes: "adam" if axes is None else "muon", matrices(params), is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+        )
 
     # The state, too, is laid out as that of `optax.contrib.muon`, which scales in a transformation of its own: checkpoints made with it go on.
     orthogonal = optax.chain(
         orthogonal_momentum(matrices, eps), optax.identity(), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)
     )
-    return optax.partition({"muon": orthogonal, "adam": optax.adamw(learning_rate, b2=adam_b2, eps=eps, weight_decay=weight_decay, nesterov=True)}, labels)
+    return optax.partition(
+        {"muon": orthogonal, "adam": optax.adamw(learning_rate, b2=adam_b2, eps=eps, weight_decay=weight_decay, nesterov=True)}, labels
+    )
 
 
 def orthogonal_momentum(matrices, eps: float) -> optax.GradientTransformation:
@@ -40,7 +44,9 @@ def orthogonal_momentum(matrices, eps: float) -> optax.GradientTransformation:
     the logical axis "matrices" while they are orthogonalized.
     """
     # Without momentum of its own, optax's Muon is the iteration alone.
-    iteration = scale_by_muon(beta=0.0, nesterov=False, eps=eps, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: MuonDimensionNumbers(1, 2), tree))
+    iteration = scale_by_muon(
+        beta=0.0, nesterov=False, eps=eps, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: MuonDimensionNumbers(1, 2), tree)
+    )
 
     def update(updates, state, params=None):
         del params

@@ -32,6 +32,7 @@ from mila_jax.train.stages import resolve
 from mila_jax.train.state import abstract_model, create_state, state_shardings
 from mila_jax.train.tasks import clip_specs
 
+
 def measure_training_prior(data_dir) -> Prior:
     """Statistics of the training latents along the car's motion, for the preconditioning (at most 16 scenes)."""
     names = [s.name for s in read_index(data_dir).scenes if s.split == "train"][:16]
@@ -99,7 +100,9 @@ class Trainer:
         if self.config.model.precondition == "none":
             return None
         if chunks_of(self.data) is not None:
-            raise UserError(f"model.precondition={self.config.model.precondition} is for one latent a frame; set it to none for {self.config.data.dir}")
+            raise UserError(
+                f"model.precondition={self.config.model.precondition} is for one latent a frame; set it to none for {self.config.data.dir}"
+            )
         text = distributed.from_first("measure the prior of the velocity", self._prior_text)
         return Prior(**{name: np.asarray(value, np.float32) for name, value in json.loads(text).items()})
 
@@ -183,7 +186,9 @@ class Trainer:
 
     def exported(self) -> int | None:
         """The step of the weights that lie there, None if there are none."""
-        text = distributed.from_first("read the weights of this run", lambda: json.dumps(self.model_path.exists() and load_model(self.model_path).card["steps"]).encode())
+        text = distributed.from_first(
+            "read the weights of this run", lambda: json.dumps(self.model_path.exists() and load_model(self.model_path).card["steps"]).encode()
+        )
         return json.loads(text) or None
 
 

@@ -15,7 +15,16 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 # Sections and keys of the config that change no compiled step: paths, the simulator, how data is encoded.
 UNUSED = ("simulate", "autoencoder", "data.nuscenes", "data.version", "data.dir", "data.encode_batch", "data.foreground", "text.encoder")
 UNUSED += ("train.dir", "train.init_from")
-UNUSED += ("generate.weights", "generate.guide", "train.minutes", "train.keep", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every")
+UNUSED += (
+    "generate.weights",
+    "generate.guide",
+    "train.minutes",
+    "train.keep",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+)
 UNUSED += ("generate.windows_per_call", "generate.decode_frames", "generate.decode_views", "generate.decode_tile")
 
 

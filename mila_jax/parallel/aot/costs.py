@@ -59,6 +59,7 @@ def matmul_work(i: Instruction, computation: Computation, unit: int = 128) -> Wo
         return Work()
     left, right, out = sides[0].out[0].dims, sides[1].out[0].dims, i.out[0].dims
     if i.opcode == "dot":
+
         def listed(key):
             found = re.search(rf"{key}=\{{([\d,]*)\}}", i.attributes)
             return [int(d) for d in found[1].split(",") if d] if found else []

@@ -76,7 +76,10 @@ def matmuls(dit: DiTConfig, sizes: Sizes) -> list[Matmul]:
         means = 2 + dit.sweep
         everything = b * v * sizes.frames * height * width
         out += [Matmul("precondition.means", means * everything, sizes.frames, channels, 1, 0)]
-        out += [Matmul("precondition.components", everything, channels, channels, 1, 0), Matmul("precondition.latents", everything, channels, channels, 1, 1)]
+        out += [
+            Matmul("precondition.components", everything, channels, channels, 1, 0),
+            Matmul("precondition.latents", everything, channels, channels, 1, 1),
+        ]
     return out
 
 

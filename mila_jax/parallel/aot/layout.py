@@ -17,8 +17,17 @@ _UNITS = re.compile(r"\(([\d.]+)([KMGT])\) exceeds")  # "… temporaries (44.18G
 COMFORTABLE = 0.9  # share of HBM up to which a layout is recommended: a run needs room for the next batch and for saving
 
 
-def plan_layout(config, topology: Topology, step: str, *, name: str = "", changes: dict | None = None, full: bool = False,
-                use_cache: bool = True, limit: float = 3600.0) -> dict:
+def plan_layout(
+    config,
+    topology: Topology,
+    step: str,
+    *,
+    name: str = "",
+    changes: dict | None = None,
+    full: bool = False,
+    use_cache: bool = True,
+    limit: float = 3600.0,
+) -> dict:
     """Plans one layout. name: of the config; changes: what the layout changes in it (only written down here).
 
     status: "planned", or "refused" with a reason when the compiler refuses it. Raises `UserError` for what cannot be planned.

@@ -89,7 +89,9 @@ class _Walker:
         read, written = traffic(module, i, computation)
         cycles = _CYCLES.search(i.attributes)
         prefetch = False
-        copy = i.opcode in ("copy", "transpose") or (i.opcode == "fusion" and re.match(r"(copy|transpose|bitcast_copy|copy_bitcast)", i.name) is not None)
+        copy = i.opcode in ("copy", "transpose") or (
+            i.opcode == "fusion" and re.match(r"(copy|transpose|bitcast_copy|copy_bitcast)", i.name) is not None
+        )
         collective = None
         if i.opcode == "recv":
             return None  # the other end of a send, at the same time
