@@ -120,7 +120,7 @@ def get_config() -> ConfigDict:
     c.train.single_frame_anchors = False  # … and of the others too
     c.train.four_frames = 0.0  # share of the windows of every rate that start from four frames
     # How many times more places count in the loss that vehicles cover (needs data.foreground; ours). Held-out losses are told without it. It tilts
-    # what is learned: where a vehicle may or may not be, one becomes more likely than it is. Train on without it at the end. Not so with
+    # what is learned: where a vehicle may or may not be, one becomes more likely than it is. Train on without it at the end. Hardly so with
     # foreground_of "given": a view's places all count 1 + foreground_weight · (the share of it that vehicles cover in the window's first frames).
     c.train.foreground_weight = 0.0
     c.train.foreground_of = "places"  # places | given
@@ -153,7 +153,8 @@ def get_config() -> ConfigDict:
     c.generate.jdc = True  # False: anchors are not corrected, which makes coarse_to_refine divide_and_conquer
     c.generate.window = 0  # frames of a window, conditioning included; 0 = as trained, here and in the next two
     c.generate.conditioning = 0  # clean first frames of a window
-    c.generate.anchor_stride = 0  # 12 Hz frames from one coarse frame to the next, a multiple or a divisor of the new frames of a window
+    # 12 Hz frames from one coarse frame to the next, a multiple or a divisor of the new frames of a window, which it is where the trained one is neither
+    c.generate.anchor_stride = 0
     c.generate.inner_anchors = placeholder(bool)  # window.inner_anchors; none: as trained
     c.generate.guidance_text = 1.0  # 1 = none
     c.generate.guidance_waypoints = 1.0

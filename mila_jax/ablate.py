@@ -125,9 +125,11 @@ class Bench:
         """The config that a variant is made with."""
         config = self.config.copy_and_resolve_references()
         trained = self.model.config.window
-        if variant.given and variant.given != trained.conditioning:  # as many new frames as trained, so anchors keep their rate
-            config.generate.conditioning, config.generate.window = variant.given, variant.given + trained.frames - trained.conditioning
-        config.generate.strategy = variant.strategy
+        if variant.given:  # as many new frames as trained, so anchors keep their rate; 0 is as trained
+            other = variant.given != trained.conditioning
+            config.generate.conditioning = variant.given if other else 0
+            config.generate.window = variant.given + trained.frames - trained.conditioning if other else 0
+        config.generate.strategy, config.generate.jdc = variant.strategy, True
         config.window.update(tpd_strength=alpha if variant.tpd else 0.0, anchor_error=a, anchor_level=sigma_a)
         return window_settings(self.model, config)
 
@@ -219,6 +221,12 @@ def find_clips(config, clips: int, frames: int, given: int) -> tuple[list, list]
     return halves[0], halves[1]
 
 
+def overlapping(clips: list[tuple[str, float]], seconds: float) -> bool:
+    """Whether two clips (scene, start in seconds) so long share frames."""
+    ordered = sorted(clips)
+    return any(a == b and later - start < seconds for (a, start), (b, later) in zip(ordered, ordered[1:]))
+
+
 def ablate_command(
     config, out, *, clips: int = 8, long_seconds: float = 4.0, resamples: int = 200, extractor=None, progress: bool = True
 ) -> pathlib.Path:
@@ -235,6 +243,11 @@ def ablate_command(
     bench = Bench(config, out / "cells", extractor or FeatureExtractor(FEATURE_SIZE))
     new = bench.model.config.window.frames - bench.model.config.window.conditioning
     tuning, testing = find_clips(config, clips, max(long, 24) + new, 6)
+    stride = window_settings(bench.model, config).window.anchor_stride
+    if stride > TRUE.frames:
+        raise UserError(
+            f"{TRUE.frames} frames, which the paper's tables have, hold no anchor at generate.anchor_stride={stride}; set at most {TRUE.frames}"
+        )
     w = config.window
     best = {"alpha": w.tpd_strength, "a": w.anchor_error, "sigma_a": w.anchor_level}
 
@@ -264,9 +277,11 @@ def ablate_command(
     lines = [
         "# Ablations", "",
         f"{clips} clips of {len({name for name, _ in testing})} held-out scenes; α = {best['alpha']:g}, a = {best['a']:g}, σ_a = {best['sigma_a']:g} chosen on "
-        f"{len({name for name, _ in tuning})} other scenes. {NAME} (lower is better; not FID, no FVD) of {PICTURES} instants a clip, 95 % bootstrap intervals over clips. "
+        f"{len({name for name, _ in tuning})} other scenes. {NAME} (lower is better; not FID, no FVD) of {PICTURES} instants a clip, 95 % intervals over clips (Student's t on bootstrap standard errors). "
         f"Conditioning frames that the model was trained with: {', '.join(map(str, given))}.",
     ]  # fmt: skip
+    if overlapping(testing, max(long, 24) / 12):
+        lines += ["", "Clips of one scene overlap, so that the intervals are too narrow: take fewer --clips, or more or longer val scenes."]
     record = {"made_by": signature(bench.model, config.generate), "settings": best, "tuned": tuned, "clips": testing, "tables": {}, "directions": []}
     for title, rows in layout.items():
         numbers = ["consistency", "smoothness", "flicker"] if title.startswith("Table 6") else ["front", "multi"]
@@ -277,7 +292,7 @@ def ablate_command(
             for n in numbers:
                 sign = 1 if n in ("front", "multi") else -1
                 value, *drawn = sign * measured(v, n)
-                low, high = map(float, resample.interval(drawn, value))
+                low, high = map(float, resample.interval(drawn, value, clips))
                 texts.append(f"{value:.4g} ({low:.4g} … {high:.4g})")
                 kept[n] = [float(value), low, high]
             lines.append("| " + " | ".join(map(str, [*lead, clips, *texts])) + " |")
@@ -291,7 +306,7 @@ def ablate_command(
     ]
     for claim, n, better, worse in claims:
         gain, *drawn = measured(worse, n) - measured(better, n)
-        low, high = map(float, resample.interval(drawn, gain))
+        low, high = map(float, resample.interval(drawn, gain, clips))
         verdict = "holds" if low > 0 else "the other way round" if high < 0 else "undecided"
         lines.append(f"| {claim} | {n} | {gain:.4g} ({low:.4g} … {high:.4g}) | {verdict} |")
         record["directions"].append({"claim": claim, "number": n, "gain": float(gain), "low": low, "high": high, "verdict": verdict})

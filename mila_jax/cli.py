@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", required=True, metavar="DIR")
     generate.add_argument("--explain", action="store_true", help="print and draw (DIR/schedule.png) the windows and noise levels, generate nothing")
     generate.add_argument("--per-view", action="store_true", help="one mp4 for each camera as well")
-    evaluate = command("evaluate", "reconstruction PSNR of the autoencoder and FD-EffNetLite0 of generated against recorded video")
+    evaluate = command("evaluate", "FD-EffNetLite0 of generated against recorded video, and with data.nuscenes the autoencoder's PSNR")
     evaluate.add_argument(
         "--out", default=None, metavar="PATH", help="write the scores to this JSON file; with --preset a folder, which gets a report"
     )

@@ -24,7 +24,7 @@ from mila_jax.evaluate import drift
 from mila_jax.evaluate.consistency import overlaps
 from mila_jax.evaluate.efficientnet import FeatureExtractor
 from mila_jax.evaluate.report import Report
-from mila_jax.decode import open_decoder
+from mila_jax.decode import deciding, deciding_window, open_decoder
 from mila_jax.evaluate.video import contact_sheet, six_view_picture, write_six_views
 from mila_jax.generate import check_fits, sampler_options, window_settings
 from mila_jax.generate_command import generate_command
@@ -140,7 +140,7 @@ def _generate(config, model, folder, seconds, frames, progress):
     start, after = from_scene(scene, START, config.window.conditioning)
     identity = {
         "weights": signature(model, config.generate), "autoencoder": codec.sha256, "frames": frames, "seed": config.seed, "scene": name, "description": scene["description"],
-        "first": float(np.abs(start.first_latents).sum()), "generate": config.generate.to_dict(), "window": config.window.to_dict(),
+        "first": float(np.abs(start.first_latents).sum()), "generate": deciding(config.generate), "window": deciding_window(config.window),
     }  # fmt: skip
     identity = json.loads(json.dumps(identity, default=str))
     record = folder / "video.json"

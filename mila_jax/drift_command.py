@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from data_pipeline.clips import read_scene
-from data_pipeline.records import read_index
+from data_pipeline.records import read_index, write_atomically
 from mila_jax.decode import open_decoder
 from mila_jax.errors import UserError
 from mila_jax.evaluate import drift
@@ -16,9 +16,11 @@ from mila_jax.evaluate.consistency import overlaps
 from mila_jax.evaluate.egomotion import EgoMotion, following
 from mila_jax.evaluate.efficientnet import FeatureExtractor
 from mila_jax.evaluate.report import Report
+from mila_jax.evaluate.frechet import NAME
 from mila_jax.geometry import relative_waypoints
 from mila_jax.generate_command import check_latents, check_single_pictures, read_generated, writable_folder
 from mila_jax.prepare import open_codec
+from mila_jax.preset_measures import reduced
 from mila_jax.scores import FEATURE_SIZE
 from mila_jax.views import view_index
 
@@ -28,8 +30,10 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
 
     Videos of one strategy are one curve; two strategies of the same drives are compared drive by drive, too. motion: read the car's motion, too, by
     `EgoMotion` of each video's rig or by `ego_motion` (see `evaluate.drift.measure`), from videos that tell their poses, whose trajectory is compared with the commanded one (`following`), and from
-    recorded scenes, which tell the reader's own error; some two CPU seconds for each second of video.
-    Raises `UserError`, before anything is decoded, for a folder without a finished video, and for videos that are not of the data's size and autoencoder.
+    recorded scenes, which tell the reader's own error; some two CPU seconds for each second of video. Larger pictures are reduced for it, and videos
+    that nobody commanded a trajectory (`--waypoints=none`) are left out.
+    Raises `UserError`, before anything is decoded, for a folder without a finished video or given twice, and for videos that are not of the data's
+    size and autoencoder.
     """
     if config.data.dir is None:
         raise UserError("data.dir is not set; give --config.data.dir=FOLDER of an encoded data set, whose val scenes are compared with")
@@ -44,6 +48,9 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
     short = [scene.name for scene in val if len(scene.timestamps_us) < drift.RATE]
     if short:
         raise UserError(f"{config.data.dir}: val scene {short[0]} has fewer than {drift.RATE} instants; drift needs at least a second of each")
+    paths = [pathlib.Path(folder).resolve() for folder in folders]
+    if twice := [str(folder) for folder, path in zip(folders, paths) if paths.count(path) > 1]:
+        raise UserError(f"{twice[0]} is given {len(twice)} times; intervals need different videos, name it once")
     for folder in map(pathlib.Path, folders):
         _read(folder, codec, index.latent_shape)
     out = writable_folder(out)
@@ -55,7 +62,7 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
         frames = list(decoder(scene["latents"].swapaxes(0, 1)))
         strips = overlaps(*(scene[key][0] for key in ("intrinsics", "cam2ego_translation", "cam2ego_rotation")), *frames[0].shape[1:3])
         poses = waypoints_of(scene)
-        estimator = (ego_motion or EgoMotion(scene["intrinsics"][0], rig(scene))) if motion else None
+        estimator = _estimator(ego_motion, scene["intrinsics"][0], rig(scene)) if motion else None
         recorded.append(drift.measure(frames, extractor=extractor, strips=strips, ego_motion=estimator, poses=poses))
         if motion:
             follow["recorded"].append(_follow(recorded[-1], poses) | {"video": scene["name"]})
@@ -65,8 +72,8 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
         estimator, own = None, strips
         if {"intrinsics", "extrinsics"} <= set(arrays):
             own = overlaps(arrays["intrinsics"], arrays["extrinsics"][:, :3], arrays["extrinsics"][:, 3:], *frames[0].shape[1:3])
-        if motion and {"poses", "intrinsics", "extrinsics"} <= set(arrays):
-            estimator = ego_motion or EgoMotion(arrays["intrinsics"], arrays["extrinsics"])
+        if motion and {"poses", "intrinsics", "extrinsics"} <= set(arrays) and about.get("waypoints") != "none":
+            estimator = _estimator(ego_motion, arrays["intrinsics"], arrays["extrinsics"])
         measured = drift.measure(decoder(arrays["latents"]), extractor=extractor, strips=own, ego_motion=estimator, poses=arrays.get("poses"))
         groups.setdefault(about["strategy"], []).append((_drive(about, arrays), measured))
         if estimator is not None:
@@ -83,19 +90,34 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
         if len(groups[a]) > 1 and [drive for drive, _ in groups[a]] == [drive for drive, _ in groups[b]]
     }
     kept = {"curves": named, "differences": differences, "anchor_residual": residuals, "following": follow}
-    (out / "drift.json").write_text(json.dumps(kept, indent=1))
+    write_atomically(out / "drift.json", json.dumps(kept, indent=1).encode())
     report = Report("Drift")
     report.add_text(f"{len(folders)} generated videos beside {len(recorded)} recorded scenes (decoded from their latents).")
+    for name, found in named.items():
+        longest = max(len(measured["contrast"]) for _, measured in groups[name])
+        if found["seconds"] < longest:
+            report.add_text(f"{name}: the first {found['seconds']} s, which all {found['videos']} videos have; the longest has {longest}.")
+    if len({found["videos"] for found in named.values()}) > 1:
+        report.add_text(f"The strategies have different numbers of videos, and {NAME} is higher of fewer: do not compare those curves' heights.")
     if motion:
         report.add_text("Trajectory read from the video against the commanded one; the recorded rows are the reader's own error.")
         report.add_table([{"of": name} | row for name, rows in follow.items() for row in rows])
     if differences:
         report.add_text(
-            "Means over the later half, second strategy less first, over the same drives, with paired 95 % bootstrap intervals over drives."
+            "Means over the later half, second strategy less first, over the same drives, with paired 95 % intervals over drives "
+            "(Student's t on bootstrap standard errors)."
         )
         report.add_table([{"of": pair, "number": name} | row for pair, rows in differences.items() for name, row in sorted(rows.items())])
     drift.add_to_report(report, named, residuals)
     return report.write(out / "drift.html")
+
+
+def _estimator(given, intrinsics, extrinsics):
+    """What reads the car's motion from pictures: `given`, or that of the rig on pictures of the size that it was checked at."""
+    if given is not None:
+        return given
+    estimator = EgoMotion(intrinsics, extrinsics)
+    return lambda frames: estimator(reduced(frames))
 
 
 def _read(folder: pathlib.Path, codec, latent_shape) -> tuple[dict, dict]:

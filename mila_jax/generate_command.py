@@ -36,7 +36,15 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     check_seed(options.seed)
     out = writable_folder(options.out)
     model = load_chosen(config)
+    trained = model.config.window.anchor_stride
     config = window_settings(model, config)
+    if config.generate.strategy != "recurrent" and config.window.anchor_stride != trained and not config.generate.anchor_stride:
+        new = config.window.frames - config.window.conditioning
+        print(
+            f"coarse frames are {config.window.anchor_stride} frames apart: the {trained} that the model was trained with do not fit {new} new frames a "
+            "window; generate.window or generate.anchor_stride set it otherwise",
+            file=sys.stderr,
+        )
     codec = open_codec(config)
     video = open_video_codec(config, codec)
     check_fits(model, codec, options.data, video)

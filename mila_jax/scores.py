@@ -26,8 +26,8 @@ def compare(generated, real, *, extractor=None, progress: bool = False) -> list[
     """FD-EffNetLite0 of generated against real frames, with sanity values beside it. Lower is better; not an FID.
 
     generated, real: uint8 [t, 6, H, W, 3]. Rows: all six views pooled (`multi`) and CAM_FRONT alone (`front`), each with the
-    distance between the halves of the real video (what equal distributions give at this number of pictures) and of the real
-    video to a still (its first instant repeated).
+    distance between the odd and the even frames of the real video (a floor that nothing reaches: neighbours in time are nearly the same picture) and
+    of the real video to a still (its first instant repeated).
     """
     extractor = extractor or efficientnet.FeatureExtractor(FEATURE_SIZE)
     features = {}

@@ -1,6 +1,8 @@
 """The ablations: what is compared, and how a number and its direction are computed."""
 
+import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -50,6 +52,32 @@ def test_lengths_that_make_no_sense(small_config, tmp_path, long):
     with pytest.raises(UserError, match="--long"):
         ablate.ablate_command(small_config, tmp_path / "out", long_seconds=long)
     assert not (tmp_path / "out").exists()
+
+
+def test_variants_are_what_they_say_whatever_generate_asks_for(small_config):
+    """A bench of a model trained on 2 + 6 frames."""
+    bench = object.__new__(ablate.Bench)
+    bench.model = types.SimpleNamespace(config=small_config, data={})
+    bench.config = small_config.copy_and_resolve_references()
+    bench.config.generate.update(conditioning=1, window=4, jdc=False)
+    for given, conditioning, frames in ((0, 1, 4), (1, 1, 7), (2, 2, 8), (4, 4, 10)):
+        config = bench.settings(dataclasses.replace(ablate.CORRECTED, given=given), 0.5, 0.15, 0.4)
+        assert (config.window.conditioning, config.window.frames) == (conditioning, frames)
+        assert config.generate.jdc and config.generate.strategy == "coarse_to_refine"
+
+
+def test_clips_that_overlap():
+    clips = [("a", 0.0), ("b", 1.0), ("a", 4.0)]
+    assert not ablate.overlapping(clips, 4.0) and ablate.overlapping(clips, 4.5)
+
+
+def test_an_anchor_farther_off_than_the_shortest_videos_reach(small_config, tmp_path, monkeypatch):
+    config = small_config.copy_and_resolve_references()
+    config.generate.anchor_stride = 24
+    monkeypatch.setattr(ablate, "Bench", lambda *_: types.SimpleNamespace(model=types.SimpleNamespace(config=small_config, data={})))
+    monkeypatch.setattr(ablate, "find_clips", lambda *_: ([], []))
+    with pytest.raises(UserError, match="generate.anchor_stride=24; set at most 12"):
+        ablate.ablate_command(config, tmp_path / "out", extractor=len)
 
 
 def test_cells_are_made_once(tmp_path):

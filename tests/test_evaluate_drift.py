@@ -59,11 +59,29 @@ def test_intervals_of_a_distance_hold_its_value():
     against = resample.AgainstPaired(fake, real)
     value, drawn = against.distance(np.ones(8, int)), [against.distance(draw) for draw in resample.draws(8, 100)]
     assert np.percentile(drawn, 2.5) > value
-    low, high = resample.interval(drawn, value)
-    assert low < value < high and high - low == pytest.approx(np.subtract(*np.percentile(drawn, [97.5, 2.5])))
-    means = resample.draws(8, 400) @ np.arange(8) / 8
-    low, high = resample.interval(means, 3.5)
-    assert low == pytest.approx(np.percentile(means, 2.5), abs=0.1) and high == pytest.approx(np.percentile(means, 97.5), abs=0.1)
+    low, high = resample.interval(drawn, value, 8)
+    assert low < value < high and value - low == pytest.approx(high - value)
+
+
+@pytest.mark.parametrize("videos", [3, 8])
+def test_intervals_of_means_are_right_as_often_as_they_say(videos):
+    rng = np.random.default_rng(videos)
+    values = rng.standard_normal((4000, videos))
+    drawn = resample.draws(videos, 2000) @ values.T / videos  # [draws, sets of videos]
+    low, high = resample.interval(drawn, values.mean(1), videos)
+    assert ((low < 0) & (0 < high)).mean() == pytest.approx(0.95, abs=0.015)
+    assert np.isnan(resample.interval(drawn[:, 0], 0.0, 1)).all()
+
+
+def test_each_number_of_videos_has_its_own_recorded_line(tmp_path):
+    """Fréchet distances of fewer pictures are higher."""
+    rng = np.random.default_rng(0)
+    videos = [{"contrast": np.zeros(3), "features": rng.standard_normal((3, 4, 20))} for _ in range(8)]
+    named = {"one": drift.curves(videos[:1], videos[4:]), "three": drift.curves(videos[1:4], videos[4:], resamples=2)}
+    report = Report("Drift")
+    drift.add_to_report(report, named)
+    text = report.write(tmp_path / "drift.html").read_text()
+    assert "recorded, 1 at a time" in text and "recorded, 3 at a time" in text and text.count(">recorded<") == 1
 
 
 def test_recorded_seconds_are_of_as_many_pictures_as_generated_ones():

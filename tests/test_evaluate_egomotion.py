@@ -1,6 +1,7 @@
 """Motion read from video, on streets whose motion is known."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -93,6 +94,23 @@ def test_drift_tells_how_videos_follow_their_waypoints(small_config, tmp_path):
     assert row["video"] == "video" and row["ade_m"] == pytest.approx(0, abs=1e-9) and row["path_m"] == pytest.approx(5.5)
     assert found["following"]["recorded"] and found["curves"]["corrected"]["speed_error"]["mean"] == pytest.approx([0], abs=1e-9)
     assert "ade_m" in page.read_text()
+    with pytest.raises(UserError, match="video is given 2 times"):
+        drift_command(small_config, [folder, tmp_path / "out" / ".." / "video"], tmp_path / "out")
+    # A longer one that nobody told a way, of the same strategy.
+    shutil.copytree(folder, tmp_path / "free")
+    np.savez(
+        tmp_path / "free" / "latents.npz",
+        intrinsics=INTRINSICS,
+        extrinsics=_rig(),
+        latents=np.tile(arrays["latents"], (1, 2, 1, 1, 1)),
+        poses=np.zeros((26, 3)),
+    )
+    (tmp_path / "free" / "generate.json").write_text(json.dumps({"frames": 26, "strategy": "corrected", "waypoints": "none"}))
+    folders = [folder, tmp_path / "free"]
+    page = drift_command(small_config, folders, tmp_path / "both", extractor=features, motion=True, ego_motion=lambda f: true * (len(f) - 1))
+    found = json.loads((tmp_path / "both" / "drift.json").read_text())
+    assert [row["video"] for row in found["following"]["corrected"]] == ["video"] and "speed_error" not in found["curves"]["corrected"]
+    assert "corrected: the first 1 s, which all 2 videos have; the longest has 2." in page.read_text()
 
 
 def test_only_videos_of_one_start_are_paired():

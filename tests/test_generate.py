@@ -367,6 +367,8 @@ def test_explain(trained, tmp_path, capsys):
     assert "refine   1    12  -1 0 | 1 2 3* 4 5 6*" in capsys.readouterr().out
     assert run(config, *arguments[:-1], "--config.generate.anchor_stride=6", inner[1], f"--out={tmp_path}/e") == 2
     assert "generate.inner_anchors=True needs several coarse frames in the 6 new frames" in capsys.readouterr().err
+    assert run(config, *arguments[:-1], "--config.generate.conditioning=1", f"--out={tmp_path}/e") == 0
+    assert "coarse frames are 7 frames apart: the 6 that the model was trained with do not fit 7 new frames" in capsys.readouterr().err
 
 
 def test_from_a_data_set(trained, tmp_path, capsys):

@@ -85,8 +85,8 @@ def curves(videos: list[dict], recorded: list[dict], *, resamples: int = 200, se
     """Mean curves of several videos (of `measure`), with intervals where there are two or more.
 
     recorded: of `measure` for recorded video; all its pictures are the reference of the Fréchet distance, its means stand beside the
-    statistics. Returns plain values: for each name "mean", and "low" and "high" (95 %, bootstrap over the videos), lists over seconds
-    that all videos have; "second_half": its mean over the later half, of all videos and then of each draw; "recorded": its means; "videos": their number.
+    statistics. Returns plain values: for each name "mean", and "low" and "high" (95 %, `resample.interval` over the videos), lists
+    over seconds that all videos have; "second_half": its mean over the later half, of all videos and then of each draw; "recorded": its means; "videos": their number.
     """
     seconds = min(len(v["contrast"]) for v in videos)
     # The first draw takes every video once.
@@ -96,7 +96,7 @@ def curves(videos: list[dict], recorded: list[dict], *, resamples: int = 200, se
     out = {"videos": len(videos), "seconds": seconds, "recorded": {}, "second_half": {}}
 
     def keep(name, values):  # [draws, seconds]
-        out[name] = _interval(values)
+        out[name] = _interval(values, len(videos))
         out["second_half"][name] = [float(x) for x in values[:, seconds // 2 :].mean(1)]
 
     for name in (*STATISTICS, "view_agreement", *MOTION):
@@ -109,7 +109,8 @@ def curves(videos: list[dict], recorded: list[dict], *, resamples: int = 200, se
         mean, covariance = frechet.statistics(pictures)
         against = (resample.AgainstFixed(np.stack([v["features"][s] for v in videos]), mean, covariance) for s in range(seconds))
         keep(frechet.NAME, np.stack([[one.distance(draw) for draw in counts] for one in against], 1))
-        # What no drift would show: the same second of as many recorded videos, where there are as many, so that the pictures are as many, too.
+        # What no drift would show, and somewhat less, since these pictures are among those of the reference: the same second of as many recorded
+        # videos, where there are as many, so that the pictures are as many, too.
         reference, together = frechet.Reference(pictures), min(len(videos), len(recorded))
         turns = [[recorded[(first + i) % len(recorded)]["features"] for i in range(together)] for first in range(0, len(recorded), together)]
         parts = [reference.distance(np.concatenate(second)) for features in turns for second in zip(*features)]
@@ -118,20 +119,20 @@ def curves(videos: list[dict], recorded: list[dict], *, resamples: int = 200, se
 
 
 def difference(a: dict, b: dict) -> dict:
-    """How much more b has than a over the later half, for two `curves` whose videos pair in order: name → mean, low, high (paired bootstrap)."""
+    """How much more b has than a over the later half, for two `curves` whose videos pair in order: name → mean, low, high (paired draws)."""
     found = {}
     for name in a["second_half"].keys() & b["second_half"].keys():
         mean, *drawn = np.array(b["second_half"][name]) - a["second_half"][name]
-        low, high = resample.interval(drawn, mean)
+        low, high = resample.interval(drawn, mean, a["videos"])
         found[name] = {"mean": float(mean), "low": float(low), "high": float(high)}
     return found
 
 
-def _interval(values) -> dict:
+def _interval(values, videos: int) -> dict:
     """The first draw of values [draws, seconds], which is of all videos, and the interval of the others if there are any."""
     found = {"mean": [float(x) for x in values[0]]}
     if len(values) > 1:
-        low, high = resample.interval(values[1:], values[0])
+        low, high = resample.interval(values[1:], values[0], videos)
         found |= {"low": [float(x) for x in low], "high": [float(x) for x in high]}
     return found
 
@@ -169,7 +170,10 @@ def add_to_report(report, named: dict, residuals: dict | None = None) -> None:
                 times = np.arange(1, found["seconds"] + 1)
                 series |= {name + ("" if part == "mean" else f", {part}"): list(zip(times, values)) for part, values in found[key].items()}
                 if key in found["recorded"]:
-                    series["recorded"] = [(1, found["recorded"][key]), (found["seconds"], found["recorded"][key])]
+                    # Fréchet distances of fewer pictures are higher: each number of videos has a line of its own.
+                    line = f"recorded, {found['videos']} at a time" if key == frechet.NAME else "recorded"
+                    longest = max(found["seconds"], *(x for x, _ in series.get(line, ())), 1)
+                    series[line] = [(1, found["recorded"][key]), (longest, found["recorded"][key])]
         if series:
             report.add_curve(series, title)
     if residuals:

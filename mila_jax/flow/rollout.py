@@ -23,7 +23,7 @@ from mila_jax.flow.anchors import coefficients
 from mila_jax.flow.plan import RolloutPlan, Windows
 from mila_jax.flow.rectified_flow import align
 from mila_jax.flow.sampler import noise_like, sample_keys, sample_window
-from mila_jax.flow.schedules import STRONGEST, check_anchor, window_schedule
+from mila_jax.flow.schedules import check_anchor, check_strength, window_schedule
 
 STAGES = {"bootstrap": 0, "coarse": 1, "refine": 2}
 KINDS = ("bootstrap", "coarse", "refine", "anchored")  # rows of `Tables`; anchored: a refining window that ends in an anchor
@@ -56,8 +56,7 @@ class SamplerOptions:
         check_anchor(self.a, self.sigma_a)
         if self.steps < 1:
             raise UserError(f"generate.steps={self.steps} must be at least 1")
-        if not abs(self.alpha) <= STRONGEST:
-            raise UserError(f"window.tpd_strength={self.alpha:g} must lie between {-STRONGEST:g} and {STRONGEST:g}; 0 is none, the default 0.5")
+        check_strength(self.alpha)
         if not 0 < self.shift < math.inf:
             raise UserError(f"generate.shift={self.shift:g} must be a positive number; 0 is Open-Sora's rule, 1 none")
         if not 0 <= self.temperature <= 1:
@@ -298,7 +297,7 @@ def collect(plan: RolloutPlan, windows, anchors=None) -> Rollout:
             parts.append(flat(here[:, :, :, plan.conditioning :]))
     corrected = None
     if anchors is not None:  # `here` are the refining windows, the last stage
-        corrected = flat(here[np.flatnonzero(plan.refine.anchored)][:, :, :, np.array(plan.refine.places)])
+        corrected = flat(here[np.flatnonzero(plan.refine.anchored)][:, :, :, np.array(plan.refine.places, int)])
     return Rollout(xp.concatenate(parts, axis=2)[:, :, : plan.frames], anchors, corrected)
 
 

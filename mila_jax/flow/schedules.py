@@ -60,6 +60,12 @@ def levels(times, frames: int, family: str = "exponential", alpha=0.5):
     return progress(jnp.asarray(times)[:, None], log_k, family)
 
 
+def check_strength(alpha: float) -> None:
+    """Raises UserError for a strength of TPD beyond ±`STRONGEST`."""
+    if not abs(alpha) <= STRONGEST:
+        raise UserError(f"window.tpd_strength={alpha:g} must lie between {-STRONGEST:g} and {STRONGEST:g}; 0 is none, the default 0.5")
+
+
 def check_anchor(a: float, sigma_a: float) -> None:
     """Raises UserError unless 0 ≤ a < 1, 0 < σ_a ≤ 1 and σ_a ≥ a (below `a` an anchor cannot be re-noised, eq. 12)."""
     if not 0 <= a < 1:

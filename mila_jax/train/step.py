@@ -10,7 +10,7 @@ import optax
 from mila_jax.errors import UserError
 from mila_jax.flow.rectified_flow import add_noise, draw_levels, masked_loss, velocity_target
 from mila_jax.flow.sampler import noise_like
-from mila_jax.flow.schedules import check_anchor, training_levels
+from mila_jax.flow.schedules import check_anchor, check_strength, training_levels
 from mila_jax.model.conditions import from_clip
 from mila_jax.model.network import make_velocity
 from mila_jax.parallel.compiler_options import options_of
@@ -44,8 +44,9 @@ class Objective:
 
     @classmethod
     def from_config(cls, config) -> "Objective":
-        """Raises `UserError` when the anchor's level is below its error, for a wrong weight of vehicles, and for a stride of anchors below 1."""
+        """Raises `UserError` when the anchor's level is below its error, for a wrong strength of TPD, weight of vehicles or stride of anchors."""
         check_anchor(config.window.anchor_error, config.window.anchor_level)
+        check_strength(config.window.tpd_strength)
         t, w = config.train, config.window
         if w.get("inner_anchors", False) and w.anchor_stride < 1:
             raise UserError(f"window.anchor_stride={w.anchor_stride} must be positive")
@@ -53,6 +54,8 @@ class Objective:
             raise UserError(f"train.foreground_weight={t.foreground_weight} must not be negative")
         if t.get("foreground_of", "places") not in FOREGROUND_OF:
             raise UserError(f"train.foreground_of={t.foreground_of!r} must be one of {', '.join(FOREGROUND_OF)}")
+        if t.get("foreground_of", "places") == "given" and not t.get("foreground_weight", 0.0):
+            raise UserError("train.foreground_of='given' says what train.foreground_weight looks at, which is 0; set it above 0")
         return cls(
             level=t.level, tpd_rate=t.tpd_rate, tpd_family=w.tpd_family, tpd_strength=w.tpd_strength, anchor_level=w.anchor_level,
             anchor_rate=t.anchor_rate, anchor_noisy=t.anchor_noisy, text_drop=t.text_drop, waypoint_drop=t.waypoint_drop, ema=t.ema,
@@ -118,8 +121,9 @@ def vehicle_weights(clip, objective: Objective):
     """Weights [b, v, t, h, w] of the places of a batch in the loss, or None where all count alike; ours.
 
     With `foreground_weight` w > 0, for which the clips must tell where vehicles are: 1 + w · how much of a place they cover, or, with
-    `foreground_of="given"`, 1 + w · how much of a view they cover at most in the frames that the window starts from. The latter tells
-    nothing of the frames to come that the network is not told, so that it does not change what is learned, only where it is learned best.
+    `foreground_of="given"`, 1 + w · how much of a view they cover at most in the frames that the window starts from. The latter
+    tells hardly anything of the frames to come that the network is not told, so that it hardly changes what is learned, but where it is learned
+    best. Hardly: between two annotations a box lies between both, and one that only the later knows counts already (`data_pipeline.foreground`).
     """
     if not objective.foreground_weight:
         return None
