@@ -270,8 +270,8 @@ def read_scene(dataset_dir, scene_name: str) -> dict:
 
     latents float16 [n, 6, h, w, c] normalised, times float64 [n] seconds of CAM_FRONT since the first instant, timestamps int64
     [n, 6] microseconds, intrinsics [n, 6, 4], cam2ego_translation [n, 6, 3], cam2ego_rotation [n, 6, 4], ego_translation [n, 6, 3],
-    ego_rotation [n, 6, 4], foreground uint8 [n, 6, h, w] in data sets that have it, text [l, e], text_mask [l], name, description, location, split; chunks: how latents in chunks lie, or None. UserError when
-    there is no such scene.
+    ego_rotation [n, 6, 4], foreground uint8 [n, 6, h, w] in data sets that have it, text [l, e], text_mask [l], name, description, location,
+    split; chunks: how latents in chunks lie, or None. UserError when there is no such scene.
     """
     index = records.read_index(dataset_dir)
     names = [s.name for s in index.scenes]

@@ -276,8 +276,9 @@ def ablate_command(
     given = sorted({spec.conditioning for spec in clip_specs(bench.model.config)[0]})
     lines = [
         "# Ablations", "",
-        f"{clips} clips of {len({name for name, _ in testing})} held-out scenes; α = {best['alpha']:g}, a = {best['a']:g}, σ_a = {best['sigma_a']:g} chosen on "
-        f"{len({name for name, _ in tuning})} other scenes. {NAME} (lower is better; not FID, no FVD) of {PICTURES} instants a clip, 95 % intervals over clips (Student's t on bootstrap standard errors). "
+        f"{clips} clips of {len({name for name, _ in testing})} held-out scenes; α = {best['alpha']:g}, a = {best['a']:g}, σ_a = {best['sigma_a']:g} "
+        f"chosen on {len({name for name, _ in tuning})} other scenes. {NAME} (lower is better; not FID, no FVD) of {PICTURES} instants a clip, 95 % "
+        "intervals over clips (Student's t on bootstrap standard errors). "
         f"Conditioning frames that the model was trained with: {', '.join(map(str, given))}.",
     ]  # fmt: skip
     if overlapping(testing, max(long, 24) / 12):

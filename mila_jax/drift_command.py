@@ -29,9 +29,9 @@ def drift_command(config, folders, out, *, extractor=None, motion: bool = False,
     """`mila drift`: folders that `mila generate` made, against the val scenes of `data.dir`; writes drift.json and drift.html to `out`.
 
     Videos of one strategy are one curve; two strategies of the same drives are compared drive by drive, too. motion: read the car's motion, too, by
-    `EgoMotion` of each video's rig or by `ego_motion` (see `evaluate.drift.measure`), from videos that tell their poses, whose trajectory is compared with the commanded one (`following`), and from
-    recorded scenes, which tell the reader's own error; some two CPU seconds for each second of video. Larger pictures are reduced for it, and videos
-    that nobody commanded a trajectory (`--waypoints=none`) are left out.
+    `EgoMotion` of each video's rig or by `ego_motion` (see `evaluate.drift.measure`), from videos that tell their poses, whose trajectory is
+    compared with the commanded one (`following`), and from recorded scenes, which tell the reader's own error; some two CPU seconds for each second
+    of video. Larger pictures are reduced for it, and videos that nobody commanded a trajectory (`--waypoints=none`) are left out.
     Raises `UserError`, before anything is decoded, for a folder without a finished video or given twice, and for videos that are not of the data's
     size and autoencoder.
     """

@@ -214,7 +214,12 @@ def test_muon_on_a_mesh_gives_the_same_step(config, tmp_path):
     "key, value, match",
     [
         ("window.anchor_level", 0.1, "anchor"), ("window.frames", 200, "frames"),
-        ("train.log_every", 0, "train.log_every"), ("train.accumulate", 3, "train.accumulate"), ("train.trainable", ("nothing.*",), "train.trainable"), ("train.explode", 0.5, "train.explode"), ("train.moments", "float16", "train.moments"), ("train.fps", (12.0,), "train.fps"), ("train.optimizer", "sgd", "train.optimizer"), ("train.foreground_weight", -1.0, "train.foreground_weight"), ("train.foreground_weight", 1.0, "data.foreground"), ("train.foreground_of", "all", "train.foreground_of"), ("train.foreground_of", "given", "train.foreground_weight"), ("window.tpd_strength", 50.0, "window.tpd_strength"), ("model.dtype", "bf16", "model.dtype"),
+        ("train.log_every", 0, "train.log_every"), ("train.accumulate", 3, "train.accumulate"),
+        ("train.trainable", ("nothing.*",), "train.trainable"), ("train.explode", 0.5, "train.explode"),
+        ("train.moments", "float16", "train.moments"), ("train.fps", (12.0,), "train.fps"), ("train.optimizer", "sgd", "train.optimizer"),
+        ("train.foreground_weight", -1.0, "train.foreground_weight"), ("train.foreground_weight", 1.0, "data.foreground"),
+        ("train.foreground_of", "all", "train.foreground_of"), ("train.foreground_of", "given", "train.foreground_weight"),
+        ("window.tpd_strength", 50.0, "window.tpd_strength"), ("model.dtype", "bf16", "model.dtype"),
         ("model.precondition", "magic", "model.precondition"), ("mesh.tensor", 3, "mesh"), ("model.heads", 3, "model.heads"),
     ],
 )  # fmt: skip

@@ -31,7 +31,8 @@ PESSIMISTIC = {
     True: "pessimistic: matmuls by the compiler's estimated cycles, attention kernels by instruction counts without stalls, the rest by the larger "
     "of HBM time and vector time at half rate",
     False: "pessimistic (fast mode, without the compiler's cycles): matmuls at 85 % of the peak with operands filled up to the matrix unit and no "
-    "overlap with their own HBM traffic, attention kernels by instruction counts without stalls, the rest by the larger of HBM time and vector time at half rate; --full uses the compiler's estimates",
+    "overlap with their own HBM traffic, attention kernels by instruction counts without stalls, the rest by the larger of HBM time and vector time at half rate; "
+    "--full uses the compiler's estimates",
 }
 
 
