@@ -149,8 +149,11 @@ def _run(options, config) -> int:
 
         return clips_command(config, options)
     elif options.command == "prepare":
+        from mila_jax.parallel.distributed import start
         from mila_jax.prepare import prepare
 
+        if options.part is None and options.beam is None:  # each machine of a slice then has a part of its own
+            start(config.distributed.initialize)
         missing = prepare(config, progress=progress, part=options.part, beam=options.beam)
         print(f"{len(missing)} scenes are left to other parts, from {missing[0]} on" if missing else config.data.dir)
     elif options.command == "train":

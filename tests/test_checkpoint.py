@@ -1,8 +1,10 @@
 """What a checkpoint holds, which are kept, and what happens to one that cannot be read. Failing writes: tests/test_survival.py."""
 
+import contextlib
 import json
 import shutil
 import time
+import types
 
 import jax
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 
 from mila_jax.errors import UserError
 from mila_jax.parallel.mesh import make_mesh
-from mila_jax.train.checkpoint import Checkpoints, laid_out, read_arrays
+from mila_jax.train import loop
+from mila_jax.train.checkpoint import Checkpoints, SaveFailed, laid_out, read_arrays
 from mila_jax.train.state import abstract_state, create_state, state_shardings
 from tests.test_train_step import TINY, adam, muon
 
@@ -124,3 +127,25 @@ def test_half_a_checkpoint_is_cleared_away(saved, tmp_path):
         time.sleep(0.1)
     assert not half.exists()
     again.close()
+
+
+def test_a_last_checkpoint_counts_although_the_one_before_it_failed(saved, state, capsys, monkeypatch):
+    """What fails late is told at the next save, which may well be the last."""
+    wait, late = saved.wait, [SaveFailed("no space")]
+
+    def wait_once_in_vain():
+        if late:
+            raise late.pop()
+        wait()
+
+    monkeypatch.setattr(saved, "wait", wait_once_in_vain)
+    folder = types.SimpleNamespace(finish=lambda: None)
+    run = types.SimpleNamespace(
+        goodput=types.SimpleNamespace(clock=lambda name: contextlib.nullcontext(), write=lambda step, skipped: None), checkpoints=saved,
+        identity="{}", progress=False, trainer=types.SimpleNamespace(run_folder=folder, model_path="model"),
+    )  # fmt: skip
+    notice, writer = types.SimpleNamespace(code=75), types.SimpleNamespace(close=lambda: None)
+    outcome = loop._Run._leave(run, state, 5, 6, "notice", notice, writer)
+    assert outcome.code == 75 and saved.latest() == 6
+    err = capsys.readouterr().err
+    assert "a checkpoint before step 6 could not be written (no space)" in err and "saved step 6" in err

@@ -145,7 +145,11 @@ def test_wandb_gets_the_metrics(tmp_path, monkeypatch):
     writer.write(3, {"loss": 0.5})
     writer.close()
     assert logged == [(3, {"loss": 0.5}), "finished"]
-    assert known[0]["project"] == "mila" and known[0]["id"] == "run-7" and known[0]["resume"] == "allow"
+    assert known[0]["project"] == "mila" and known[0]["name"] == "run-7" and known[0]["resume"] == "allow"
+    for folder, address in ((tmp_path / "run-7", "run-7"), (tmp_path / "other" / "run-7", "run-7"), (tmp_path / "run-7", "gs://bucket/run-7")):
+        MetricWriter(folder, wandb_project="mila", config={"train": {"dir": address}}).close()
+    ids = [options["id"] for options in known]
+    assert ids[0] == ids[1] and len(set(ids)) == 3 and all(name.startswith("run-7-") for name in ids)
 
 
 def test_speed():

@@ -117,3 +117,6 @@ def test_runs_from_before_a_setting_go_on_without_it(tmp_path):
         _check_same_run(tmp_path, None, None, now | {"window": window | {"inner_anchors": True}})
     with pytest.raises(UserError, match="another model.width;"):
         _check_same_run(tmp_path, None, None, now | {"model": {"width": 8, "evidence": False}})
+    (tmp_path / "config.json").write_text(json.dumps(before | {"data_description": {"temporal": "chunk17"}}))
+    with pytest.raises(UserError, match="another data_description.temporal;"):
+        _check_same_run(tmp_path, None, None, now)

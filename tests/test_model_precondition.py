@@ -233,3 +233,23 @@ def test_what_drives_along_is_found_again_where_it_was():
     error = [float(jnp.square(seen["input"][:, :, 4, ..., 4 + 2 * n : 6 + 2 * n] - picture[:, :, 4]).mean()) for n in range(len(CORRIDORS))]
     along = [corridor.moves for corridor in CORRIDORS].index(1.0)
     assert error[along] < 0.02 * float(jnp.square(picture).mean()) < 0.1 * min(e for n, e in enumerate(error) if n != along)
+
+
+def test_products_are_exact_on_accelerators(monkeypatch):
+    """A TPU would round what goes into them to bfloat16: covariances whose inverses cancel then give nonsense."""
+    monkeypatch.setattr(precondition, "for_one_cpu", lambda: False)
+    prior = Prior(np.eye(2, dtype=np.float32), _weights())
+    velocity = preconditioned(lambda latents, levels, conditions: jnp.zeros_like(latents[..., :2]), prior, len(CORRIDORS), True)
+    found = []
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.append(equation.params["precision"])
+            for value in equation.params.values():
+                for inner in value if isinstance(value, (tuple, list)) else (value,):
+                    if inner := getattr(inner, "jaxpr", inner if hasattr(inner, "eqns") else None):
+                        walk(inner)
+
+    walk(jax.make_jaxpr(lambda y: velocity(y, LEVELS, _conditions()))(jnp.zeros((1, 6, 5, 2, 3, 2))).jaxpr)
+    assert len(found) > 10 and all(precision == (jax.lax.Precision.HIGHEST,) * 2 for precision in found)

@@ -48,7 +48,7 @@ def make_sharded(make):  # noqa: F811
 @pytest.fixture(scope="module")
 def two(make_sharded):
     """An undisturbed run of two processes: (config, leaves of its state)."""
-    config, file = make_sharded("two", eval_every=3, eval_steps=2)
+    config, file = make_sharded("two", eval_every=3, eval_steps=2, minutes=60.0)  # whose clock both agree on at each log
     ends = [finish(p) for p in start_two(file)]
     assert [code for code, _ in ends] == [0, 0], ends[0][1][-1500:] + ends[1][1][-1500:]
     # Read here, by one process with one device.

@@ -86,6 +86,13 @@ def test_kinds_of_windows_of_the_default_are_those_that_generation_uses():
     assert [task_name(s) for s in specs] == ["12Hz_from_4", "12Hz_from_1", "2Hz_from_4", "2Hz_from_4_at_2Hz"]
 
 
+def test_windows_without_a_share_are_none():
+    """They need not even fit into the scenes, and are not measured."""
+    c = load_config("configs/tiny.py", ["--config.train.single_frame=1.0", "--config.train.fps=(12.0,2.0)", "--config.train.fps_weights=(1.0,0.0)"])
+    specs, shares = clip_specs(c)
+    assert [task_name(s) for s in specs] == ["12Hz_from_1"] and shares == [1.0]
+
+
 def test_windows_from_four_frames_take_their_share_of_every_rate():
     c = load_config("configs/tiny.py", [*FROM_TWO, "--config.train.single_frame=0.1"])
     specs, shares = clip_specs(c)

@@ -279,3 +279,5 @@ def test_weights_of_another_autoencoder_are_refused_and_of_another_text_encoder_
     assert "text is learned anew" in capsys.readouterr().err
     with pytest.raises(UserError, match="another autoencoder"):
         trainer._check_start(trainer.data | {"autoencoder_sha256": "0"})
+    with pytest.raises(UserError, match="temporal chunk17"):
+        trainer._check_start(trainer.data | {"temporal": "chunk17"})

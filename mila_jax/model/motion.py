@@ -12,6 +12,10 @@ import jax.numpy as jnp
 
 from mila_jax.model.layers import rotation_matrix
 
+# Precision of all products here and in `precondition`. Left alone, a TPU rounds what goes into a product of float32 arrays to bfloat16, and a GPU to
+# TF32: geometry off by a hundredth, and covariances whose inverses cancel to four digits are off by everything.
+EXACT = "highest"
+
 
 class Corridor(NamedTuple):
     """wall: metres from the car's path to the walls; dome: metres, its radius; moves: speed of all of it, in the car's own (1 drives along, -1 comes
@@ -47,7 +51,7 @@ def camera_rays(intrinsics, extrinsics, height: int, width: int):
     shape = jnp.broadcast_shapes(x[..., None, :].shape, y[..., :, None].shape)
     x, y = jnp.broadcast_to(x[..., None, :], shape), jnp.broadcast_to(y[..., :, None], shape)
     rays = jnp.stack([x, y, jnp.ones(shape)], -1)
-    return jnp.einsum("...ij,...hwj->...hwi", rotation_matrix(extrinsics[..., 3:]), rays)
+    return jnp.einsum("...ij,...hwj->...hwi", rotation_matrix(extrinsics[..., 3:]), rays, precision=EXACT)
 
 
 def corridor_points(origin, directions, corridor: Corridor = CORRIDORS[0]):
@@ -78,7 +82,7 @@ def look_up(points, own, intrinsics, extrinsics):
     points [..., 3] in the ego frame of the cameras, own [...]: the view to prefer as long as it sees the point; intrinsics [..., v, 4],
     extrinsics [..., v, 7] (broadcast against points without their last axis). Points outside every image go to the nearest edge.
     """
-    local = jnp.einsum("...vji,...vj->...vi", rotation_matrix(extrinsics[..., 3:]), points[..., None, :] - extrinsics[..., :3])
+    local = jnp.einsum("...vji,...vj->...vi", rotation_matrix(extrinsics[..., 3:]), points[..., None, :] - extrinsics[..., :3], precision=EXACT)
     depth = jnp.maximum(local[..., 2], 1e-3)
     place = intrinsics[..., :2] * local[..., :2] / depth[..., None] + intrinsics[..., 2:]  # [..., v, 2]
     # Distance from the image's middle: 1 at its edge. Behind a camera nothing is seen.

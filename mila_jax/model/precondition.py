@@ -34,7 +34,7 @@ from scipy.optimize import nnls
 from mila_jax import geometry
 from mila_jax.model.cpu_gradients import for_one_cpu
 from mila_jax.model.evidence import evidence
-from mila_jax.model.motion import CORRIDORS, carry, find
+from mila_jax.model.motion import CORRIDORS, EXACT, carry, find
 from mila_jax.views import view_index
 
 # Pairs (seconds, metres) over which a part of the correlation falls by e; the first stands for what no two frames share.
@@ -64,7 +64,7 @@ def covariance(frame_times, waypoints, weights):
     parts = correlation_parts(gap, distance)
     # Two frames at one time and place are still two frames: the first part is theirs alone.
     parts = parts.at[..., 0].set(jnp.eye(gap.shape[-1], dtype=parts.dtype))
-    return jnp.einsum("bijm,vcm->bvcij", parts, jnp.asarray(weights, jnp.float32))
+    return jnp.einsum("bijm,vcm->bvcij", parts, jnp.asarray(weights, jnp.float32), precision=EXACT)
 
 
 def inverse(m):
@@ -89,7 +89,7 @@ def inverse(m):
 def combine(gain, carried):
     """Σ_j gain_ij z_j for gain [b, v, c, t (i), t (j)] and carried frames z [b, v, t (i), t (j), h, w, c] → [b, v, t, h, w, c]."""
     if not for_one_cpu():
-        return jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried)
+        return jnp.einsum("bvcij,bvijhwc->bvihwc", gain, carried, precision=EXACT)
     # As a product, the compiler would carry one number at a time, frames innermost, to have them lie as the product wants them; a sum without the
     # loop would be taken in the order of the network's patches, which has the same fault.
     gain = jnp.moveaxis(gain, 2, -1)[..., None, None, :]
@@ -109,7 +109,7 @@ def linear_denoiser(carried, levels, k):
     # Per-frame weights first (t×t per component), then one product with the latents: cheap beside the network.
     cross = ka - eye * level[..., None]  # Cov(v, z)
     m = inverse(moments(levels, k))
-    gain_x, gain_v = ka @ m, cross @ m  # [b, v, c, t, t]
+    gain_x, gain_v = (jnp.matmul(x, m, precision=EXACT) for x in (ka, cross))  # [b, v, c, t, t]
     variance = 1 + jnp.diagonal(k, axis1=-2, axis2=-1) - (gain_v * cross).sum(-1)
     return combine(gain_x, carried), combine(gain_v, carried), jnp.sqrt(jnp.clip(jnp.swapaxes(variance, -1, -2), 1e-6))
 
@@ -121,7 +121,7 @@ def others_gain(levels, k):
     """
     others = 1 - jnp.eye(k.shape[-1], dtype=k.dtype)
     p = inverse(moments(levels, k))
-    gain = (k * (1 - levels[:, :, None])[..., None, :] * others) @ p
+    gain = jnp.matmul(k * (1 - levels[:, :, None])[..., None, :] * others, p, precision=EXACT)
     own = jnp.diagonal(gain, axis1=-2, axis2=-1) / jnp.diagonal(p, axis1=-2, axis2=-1)
     return (gain - own[..., None] * p) * others
 
@@ -151,7 +151,7 @@ def preconditioned(network, prior: Prior, sweep: int = 0, with_evidence: bool = 
     basis = jnp.asarray(prior.basis, jnp.float32)
 
     def velocity(latents, levels, conditions):
-        y = jax.lax.stop_gradient(latents.astype(jnp.float32) @ basis)
+        y = jax.lax.stop_gradient(jnp.matmul(latents.astype(jnp.float32), basis, precision=EXACT))
         rig = conditions.waypoints, conditions.intrinsics, conditions.extrinsics
         places = [find(*y.shape[3:5], *rig, corridor) for corridor in CORRIDORS[: max(sweep, 1)]]
         carried = carry(y, places[0])
@@ -169,7 +169,7 @@ def preconditioned(network, prior: Prior, sweep: int = 0, with_evidence: bool = 
         if with_evidence:
             seen += jax.lax.stop_gradient(evidence(guesses, x, levels, conditions.frame_times, places))
         f = network(jnp.concatenate(seen, -1), levels, conditions)
-        return (v + std[:, :, :, None, None] * f) @ basis.T
+        return jnp.matmul(v + std[:, :, :, None, None] * f, basis.T, precision=EXACT)
 
     return velocity
 

@@ -4,6 +4,7 @@ A TPU pod slice runs one process on each of its machines. They meet at a coordin
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -124,23 +125,32 @@ def check_same(named: dict[str, str]) -> None:
         raise UserError(f"the processes do not run the same thing: {'; '.join(wrong)} differ; give every machine the same command and code")
 
 
+# What is exchanged goes through the devices: a transfer that is meant, also where training forbids those that nobody meant.
+_exchange = functools.partial(jax.transfer_guard, "allow")
+
+
 def agree(value: float) -> float:
     """The value that process 0 has, on all of them: for decisions that depend on a clock or a file."""
-    return float(multihost_utils.broadcast_one_to_all(np.float32(value))) if jax.process_count() > 1 else value
+    if jax.process_count() == 1:
+        return value
+    with _exchange():
+        return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
 def everyone(value: float) -> list[float]:
     """The values that the processes have, by process, on all of them."""
-    return np.asarray(multihost_utils.process_allgather(np.float32(value))).reshape(-1).tolist()
+    with _exchange():
+        return np.asarray(multihost_utils.process_allgather(np.float32(value))).reshape(-1).tolist()
 
 
 def share(content: bytes | None) -> bytes:
     """The bytes that process 0 has, on all of them; what the others pass is not looked at."""
     if jax.process_count() == 1:
         return content
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content) if first() else 0)))
-    sent = np.frombuffer(content, np.uint8) if first() else np.zeros(length, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes()
+    with _exchange():
+        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content) if first() else 0)))
+        sent = np.frombuffer(content, np.uint8) if first() else np.zeros(length, np.uint8)
+        return np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8).tobytes()
 
 
 def from_first(what: str, function) -> bytes:
@@ -153,7 +163,8 @@ def from_first(what: str, function) -> bytes:
 def barrier(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        with _exchange():
+            multihost_utils.sync_global_devices(name)
 
 
 def on_first(what: str, function) -> None:

@@ -56,7 +56,7 @@ class RunFolder:
         self._pool.submit(self._copy, quiet=False).result()
 
     def _files(self) -> list[str]:
-        return sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))
+        return sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file() and p.suffix not in (".tmp", ".partial"))
 
     def _copy(self, quiet: bool = True) -> None:
         for name in self._files():

@@ -215,7 +215,10 @@ class _Run:
                 self.checkpoints.wait()
                 saved = True
             except SaveFailed as error:
-                print(f"warning: the checkpoint of step {step} could not be written ({error})", file=sys.stderr, flush=True)
+                # It may be that of the save before, and this one is well under way.
+                saved = self.checkpoints.finished() == step
+                which = f"a checkpoint before step {step}" if saved else f"the checkpoint of step {step}"
+                print(f"warning: {which} could not be written ({error})", file=sys.stderr, flush=True)
         skipped = int(jax.device_get(state.health.skipped))
         total = distributed.first() and self.goodput.write(step, skipped)
         if total and self.progress:
@@ -277,7 +280,8 @@ class _Log:
         if distributed.first():
             scalars["goodput"] = self.run.goodput.write(step, values["skipped"])["goodput"]
         self.writer.write(step, scalars)
-        self.run.trainer.run_folder.push()
+        if distributed.first():  # what lies in the others' folders of the same address is nobody's
+            self.run.trainer.run_folder.push()
         self.bar.set_postfix(loss=f"{values['loss']:.4f}")
 
 
@@ -348,6 +352,7 @@ def _check_same_run(folder, beside_checkpoint: dict | None, config, now: dict) -
         name for part in ("model", "window", "data_description") for key in now[part]
         if before.get(part, {}).get(key, absent.get(name := f"{part}.{key}")) != now[part][key]
     ]  # fmt: skip
+    different += [f"data_description.{key}" for key in before.get("data_description", {}) if key not in now["data_description"]]
     different += [] if before["seed"] == now["seed"] else ["seed"]
     start, start_before = (pathlib.Path(c["train"]["init_from"] or "").name for c in (now, before))  # the folder may have moved
     different += [] if start == start_before else ["train.init_from"]

@@ -1,5 +1,6 @@
 """Metrics to `metrics.jsonl`, TensorBoard event files and, if asked for, Weights & Biases."""
 
+import hashlib
 import json
 import math
 import pathlib
@@ -104,8 +105,10 @@ def _open_wandb(project: str, folder, config):
         import wandb
     except ImportError:
         raise UserError(f"train.wandb={project!r}, but wandb is not installed: {INSTALL}") from None
-    # The name ties a resumed run to its curves.
-    return wandb.init(project=project, dir=str(folder), id=folder.name, resume="allow", config=config)
+    # The id ties a resumed run to its curves; folders of one name in different places are different runs. A bucket's is wherever it is copied.
+    address = str((config or {}).get("train", {}).get("dir", ""))
+    place = hashlib.sha256((address if "://" in address else str(folder.resolve())).encode()).hexdigest()[:12]
+    return wandb.init(project=project, dir=str(folder), id=f"{folder.name}-{place}", name=folder.name, resume="allow", config=config)
 
 
 def _step(line):

@@ -8,7 +8,7 @@ FOUR = 4  # frames of the paper's longer start
 
 
 def clip_specs(config) -> tuple[list[ClipSpec], list[float]]:
-    """The kinds of training windows and their shares.
+    """The kinds of training windows that there are any of, and their shares.
 
     For each rate of `train.fps`, below the data's: windows whose conditioning frames lie at the data's rate (`train.conditioning_fps` =
     "video"), at the generated frames' (= "same": the first stage, and later windows of a recurrent coarse stage), or half of each ("both").
@@ -45,7 +45,8 @@ def clip_specs(config) -> tuple[list[ClipSpec], list[float]]:
         if alone:
             specs.append(ClipSpec(window.frames, 1, fps))
             shares.append(alone * share)
-    return specs, shares
+    kept = [i for i, share in enumerate(shares) if share] or range(len(shares))  # what is never trained is not measured either
+    return [specs[i] for i in kept], [shares[i] for i in kept]
 
 
 def task_name(spec: ClipSpec) -> str:

@@ -145,6 +145,12 @@ class Trainer:
         path, name = self.config.train.init_from, "text_encoder"
         if described.get("autoencoder_sha256") != self.data.get("autoencoder_sha256"):
             raise UserError(f"{path} was trained on latents of another autoencoder than {self.config.data.dir}; prepare the data with that one")
+        for key in ("temporal", "temporal_sha256"):
+            if described.get(key) != self.data.get(key):
+                raise UserError(
+                    f"{path} was trained on latents with {key} {described.get(key)}, {self.config.data.dir} has {self.data.get(key)}; prepare the data "
+                    "with that autoencoder.temporal"
+                )
         if described.get(name) != self.data.get(name):
             print(f"{path} knows text by {described.get(name)!r}, the data by {self.data.get(name)!r}: text is learned anew", file=sys.stderr)
 
@@ -198,7 +204,7 @@ def check_config(config) -> None:
         section, name = key.split(".")
         if config[section][name] is None:
             raise UserError(f"{key} is not set; give --config.{key}=FOLDER")
-    for key in ("steps", "batch", "log_every", "checkpoint_every", "keep", "accumulate", "skip_limit", "save_failures"):
+    for key in ("steps", "batch", "log_every", "checkpoint_every", "eval_batches", "keep", "accumulate", "skip_limit", "save_failures"):
         if config.train[key] < 1:
             raise UserError(f"train.{key}={config.train[key]} must be at least 1")
     if not config.train.explode > 1:
