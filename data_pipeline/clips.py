@@ -88,9 +88,13 @@ def longest(times_of_scenes, spec: ClipSpec, tolerance: float = HALF_FRAME) -> i
 
 
 def interleave(weights: Sequence[float]) -> list[int]:
-    """A repeating pattern of positions in `weights` in which each occurs in proportion, spread evenly; at most about 60 long."""
+    """A repeating pattern of positions in `weights` in which each occurs in proportion, spread evenly; at most about 60 long.
+
+    Shares are the nearest that about 60 places can say; what has a share at all gets 1 of about 60, however small it is.
+    """
     total = sum(weights)
-    shares = [fractions.Fraction(w / total).limit_denominator(60) for w in weights]
+    # Not 0/1 for a small share: with nothing else to ask for more places, its one place could be half of a short pattern.
+    shares = [max(fractions.Fraction(w / total).limit_denominator(60), fractions.Fraction(w > 0, 60)) for w in weights]
     length = min(60, int(np.lcm.reduce([s.denominator for s in shares])))
     counts = [max(1, round(s * length)) if w > 0 else 0 for s, w in zip(shares, weights)]
     # Occurrence k of n sits at (k + 1/2) / n of the pattern; sorting all of them spreads each evenly.
@@ -130,8 +134,8 @@ class ClipSource:
             )
         self.specs = tuple(dataclasses.replace(spec, chunks=chunks_of(self.index.meta)) for spec in specs)
         self.weights = check_specs(self.specs, weights)
-        self.text, self.text_mask = records.read_text(dataset_dir, len(self.index.scenes))
-        self.rows = np.asarray(self.reader.numbers)
+        # As stored, and of this split alone: texts of a large encoder take gigabytes.
+        self.text, self.text_mask = records.read_text(dataset_dir, len(self.index.scenes), self.reader.numbers)
         self.latent_shape = tuple(self.index.latent_shape)
         self.clip_bytes = 6 * self.specs[0].frames * math.prod(self.latent_shape) * np.dtype(np.float16).itemsize
         times = [np.asarray(s.timestamps_us) * 1e-6 for s in self.reader.scenes]
@@ -191,9 +195,8 @@ class ClipSource:
         return s, (cycle * self.per_cycle[s] + self.rank[place]) % len(self.clips[s][0])
 
     def text_of(self, scenes) -> tuple[np.ndarray, np.ndarray]:
-        """Text tokens and masks of scene numbers `scenes` [...] within the split."""
-        rows = self.rows[scenes]
-        return self.text[rows], self.text_mask[rows]
+        """Text tokens float32 [..., l, e] and masks [..., l] of scene numbers `scenes` [...] within the split."""
+        return self.text[scenes].astype(np.float32), self.text_mask[scenes]
 
 
 def check_specs(specs: Sequence[ClipSpec], weights) -> tuple[float, ...]:
@@ -285,8 +288,8 @@ def read_scene(dataset_dir, scene_name: str) -> dict:
     latents = np.empty((len(numbers), 6, *index.latent_shape), np.float16)
     found = reader.read_arrays([numbers], latents[None].swapaxes(1, 2))
     out = {name: values[0] for name, values in found.items()} | {"latents": latents}
-    tokens, mask = records.read_text(dataset_dir, len(index.scenes))
+    tokens, mask = records.read_text(dataset_dir, len(index.scenes), [row])
     stamps = np.asarray(scene.timestamps_us, np.int64)
-    out |= {"times": (stamps - stamps[0]) * 1e-6, "text": tokens[row], "text_mask": mask[row]}
+    out |= {"times": (stamps - stamps[0]) * 1e-6, "text": tokens[0].astype(np.float32), "text_mask": mask[0]}
     out["chunks"] = chunks_of(index.meta)
     return out | {"name": scene.name, "description": scene.description, "location": scene.location, "split": scene.split}

@@ -94,6 +94,7 @@ def write_errors(out_dir):
         yield
     except OSError as error:
         where = error.filename or out_dir
+        records.check_open_files(where, error)
         raise UserError(f"cannot write the encoded data set: {where}: {error.strerror or error}; choose another folder") from error
 
 
@@ -166,12 +167,13 @@ class SceneEncoder:
                 return None
         except (msgspec.DecodeError, FileNotFoundError):
             return None
-        return msgspec.structs.replace(entry, **self.frames(number))
+        return msgspec.structs.replace(entry, **self.origin(number))
 
-    def frames(self, number: int) -> dict:
-        """CAM_FRONT's times, and which are keyframes: what clip presets need."""
-        front = self.nusc.scenes[number].tracks["CAM_FRONT"]
-        return {"front_us": front.timestamps_us.tolist(), "keyframes": np.flatnonzero(front.key).tolist()}
+    def origin(self, number: int) -> dict:
+        """The scene's token, by which another source is known, CAM_FRONT's times, and which are keyframes: what clip presets need."""
+        scene = self.nusc.scenes[number]
+        front = scene.tracks["CAM_FRONT"]
+        return {"token": scene.token, "front_us": front.timestamps_us.tolist(), "keyframes": np.flatnonzero(front.key).tolist()}
 
     def encode(self, number: int) -> records.SceneIndex:
         """Makes the shard of scene `number` unless it is complete already; returns the scene's part of the index."""
@@ -198,7 +200,7 @@ class SceneEncoder:
             record_bytes=record_bytes,
             timestamps_us=[m.timestamp_us for m in moments],
             fingerprint=fingerprint,
-            **self.frames(number),
+            **self.origin(number),
         )
         self.out.write(f"{shard}.json", msgspec.json.encode(entry))
         return entry
@@ -276,15 +278,25 @@ class SceneEncoder:
         return out.reshape(len(moments), 6, *self.picture_shape)
 
     def write_shard(self, shard: str, number: int, moments, latents, foreground=None) -> tuple[int, int]:
-        """Writes the records and puts the file in its place; returns the file's bytes and those of the records."""
+        """Writes the records and puts the file in its place; returns the file's bytes and those of the records.
+
+        Raises `UserError` naming the shard when the disk is full.
+        """
         from array_record.python.array_record_module import ArrayRecordWriter
 
         with self.out.writing(shard) as partial:
             # The writer reports a missing or unwritable folder late and without its name; this does at once.
             partial.open("wb").close()
-            writer = ArrayRecordWriter(str(partial), records.WRITER_OPTIONS)
-            serialised = self.write_records(writer, number, moments, latents, foreground)
-            writer.close()
+            try:
+                writer = ArrayRecordWriter(str(partial), records.WRITER_OPTIONS)
+                serialised = self.write_records(writer, number, moments, latents, foreground)
+                writer.close()
+            except RuntimeError as error:  # its own kind of OSError; most come at the end, when what is left is written
+                records.check_open_files(self.out.at(shard), error)
+                reason = str(error).strip().partition("\n")[0][:200]
+                raise UserError(
+                    f"{self.out.at(shard)} cannot be written ({reason}); make room and run the same command again, finished scenes are kept"
+                ) from error
             size = partial.stat().st_size
         return size, serialised
 

@@ -25,10 +25,12 @@ def make_loader(source, *, batch_size: int, seed: int, rows=None, shuffle: bool 
     source: has len() and random access to dicts of arrays, or `batch(numbers)` that gives them stacked; `clip_bytes`, if it has that, decides
     how many threads read; batch_size: over all hosts; rows:
     the rows of each batch that this host loads (`parallel.mesh.own_rows`), None = all. Each epoch is a new permutation of all clips,
-    given by `seed`. Raises UserError for a batch size below 1.
+    given by `seed`. Raises UserError for a batch size below 1 and for a negative seed.
     """
     if batch_size < 1:
         raise UserError(f"train.batch={batch_size} must be at least 1")
+    if seed < 0:  # NumPy would refuse it only in a thread that reads
+        raise UserError(f"seed={seed} must not be negative")
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     order = Order(len(source), seed, shuffle)
 

@@ -10,10 +10,12 @@ folder too:
 """
 
 import bisect
+import collections
 import concurrent.futures
 import contextlib
 import io
 import math
+import re
 import threading
 import zipfile
 from pathlib import Path
@@ -31,10 +33,14 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 # Records in one buffer are read at once by the calling thread, others by array_record's pool of 64 threads, whose search for work costs three
 # times the reading itself. From a bucket the pool pays: the records of a clip come side by side.
 READER_OPTIONS = {"local": "readahead_buffer_size:1G", "remote": "readahead_buffer_size:0"}
+# Shards of a split that are open at once, each with a file descriptor; a process may often have no more than 1,024. One on a disk opens in 0.1 ms;
+# one in a bucket takes round trips.
+OPEN_SHARDS = {"local": 64, "remote": 512}
 PIECE = 2**19  # bytes read from a disk in one call
 DATASET_NAME = "instants"
 FILENAME_TEMPLATE = "{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
 AGAIN = "run `mila prepare` again"
+SYSTEM_CALL = re.compile(r"\w+\(\) failed: ")  # begins what ArrayRecord says when the system, not the file's content, is at fault
 
 
 def record_fields(latent_shape, foreground: bool = False) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -111,6 +117,7 @@ class SceneIndex(msgspec.Struct):
     fingerprint: str  # of everything that went into the shard
     front_us: list[int] = []  # all CAM_FRONT records, also where another camera has none
     keyframes: list[int] = []  # which of those belong to annotated moments
+    token: str = ""  # nuScenes' of the scene; "" where an earlier version wrote the index
 
 
 class Index(msgspec.Struct):
@@ -125,6 +132,12 @@ class Index(msgspec.Struct):
     scenes: list[SceneIndex]
 
 
+def check_open_files(path, error: BaseException) -> None:
+    """Raises a `UserError` if `error` is that no more files can be opened: it says nothing about the file at `path`."""
+    if "Too many open files" in str(error):  # Python's, ArrayRecord's, and also how the text begins when the whole machine has too many
+        raise UserError(f"{path} cannot be opened: too many files are open; raise their number (`ulimit -n 8192`) and start again") from error
+
+
 def read_index(directory) -> Index:
     """The index of an encoded data set. UserError: no such folder, not finished, or index.json broken or of another format."""
     folder = Folder(directory)
@@ -134,28 +147,39 @@ def read_index(directory) -> Index:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: {directory} holds no finished encoded data set; {AGAIN}") from None
     except (msgspec.DecodeError, OSError) as error:
+        check_open_files(path, error)
         raise UserError(f"{path} cannot be read ({error}); {AGAIN}") from None
     if index.format != FORMAT:
         raise UserError(f"{path} has format {index.format}, this version reads {FORMAT}; {AGAIN}")
     return index
 
 
-def read_text(directory, scenes: int):
-    """Text tokens float32 [scenes, L, E] and mask bool [scenes, L] from text.npz; UserError when broken."""
+def read_text(directory, scenes: int, rows=None):
+    """Text tokens [n, L, E] and mask bool [n, L] from text.npz; UserError when broken, or not of `scenes` scenes.
+
+    rows: numbers [n] of the wanted scenes in the index, None = all. Tokens are float16 where the file holds that, else float32.
+    """
     folder = Folder(directory)
     path = folder.at("text.npz")
     try:
-        with np.load(io.BytesIO(folder.read("text.npz"))) as file:
+        opened = io.BytesIO(folder.read("text.npz")) if folder.remote else path.open("rb")
+        with opened, np.load(opened) as file:
             tokens, mask = file["tokens"], file["mask"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        check_open_files(path, error)
         raise UserError(f"{path} cannot be read ({error}); {AGAIN}") from None
     if len(tokens) != scenes or tokens.shape[:2] != mask.shape:
         raise UserError(f"{path} holds text of {len(tokens)} scenes, index.json lists {scenes}; {AGAIN}")
-    return tokens.astype(np.float32), mask.astype(bool)
+    if rows is not None:
+        tokens, mask = tokens[np.asarray(rows, int)], mask[np.asarray(rows, int)]
+    return tokens if tokens.dtype == np.float16 else tokens.astype(np.float32), mask.astype(bool)
 
 
 class SplitReader:
-    """Random access to the records of one split; record numbers run over `scenes` in order. Thread-safe; shards open when needed."""
+    """Random access to the records of one split; record numbers run over `scenes` in order. Thread-safe.
+
+    Shards open when needed; those used last stay open, at most `OPEN_SHARDS` of them.
+    """
 
     def __init__(self, directory, index: Index, split: str):
         self.directory = Folder(directory)
@@ -166,14 +190,14 @@ class SplitReader:
         self._bounds = self.first.tolist()
         self._piece = max(1, PIECE // sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.fields.values()))
         self._layouts: dict[int, Layout] = {}  # by a record's length
-        self._readers: list = [None] * len(self.scenes)
+        self._readers: collections.OrderedDict = collections.OrderedDict()  # of scenes; the one used last is last
         self._lock = threading.Lock()
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_readers": [None] * len(self.scenes)}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_readers")}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _readers=collections.OrderedDict())
 
     def read(self, numbers) -> list[bytes]:
         """Serialised records by number; UserError naming the shard when one cannot be read."""
@@ -239,22 +263,41 @@ class SplitReader:
 
     @contextlib.contextmanager
     def _naming(self, scene: int):
-        """Turns whatever a damaged shard raises into a UserError that names it."""
+        """Turns whatever a shard raises that is damaged, or that cannot be opened, into a UserError that names it."""
         try:
             yield
         except Exception as error:  # ArrayRecord raises many types for a damaged file
+            with self._lock:
+                self._readers.pop(scene, None)  # it opened its file once and for all, or did not
+            path = self.directory.at(self.scenes[scene].shard)
+            check_open_files(path, error)
             lines = str(error).strip().splitlines()
             reason = lines[0][:120] if lines else type(error).__name__
-            raise UserError(f"{self.directory.at(self.scenes[scene].shard)} is damaged ({reason}); delete it and {AGAIN}") from error
+            # What a bucket's client says has no one form; of a file's content its format, Riegeli, speaks.
+            client = self.directory.remote and isinstance(error, RuntimeError) and "Riegeli" not in str(error)
+            if client or isinstance(error, OSError) or SYSTEM_CALL.match(reason):
+                raise UserError(f"{path} cannot be read ({reason}); check that it is there and that you may read it") from error
+            raise UserError(f"{path} is damaged ({reason}); delete it and {AGAIN}") from error
 
     def _reader(self, scene: int):
+        """The open shard of a scene. Whoever still reads from one that has to make room keeps it open: it closes with its last reference."""
         from array_record.python.array_record_module import ArrayRecordReader
 
+        where = "remote" if self.directory.remote else "local"
         with self._lock:
-            if self._readers[scene] is None:
-                options = READER_OPTIONS["remote" if self.directory.remote else "local"]
-                self._readers[scene] = ArrayRecordReader(str(self.directory.at(self.scenes[scene].shard)), options=options)
+            if scene not in self._readers:
+                path = str(self.directory.at(self.scenes[scene].shard))
+                self._readers[scene] = ArrayRecordReader(path, options=READER_OPTIONS[where])
+            self._readers.move_to_end(scene)
+            while len(self._readers) > OPEN_SHARDS[where]:
+                self._readers.popitem(last=False)
             return self._readers[scene]
+
+    def release(self) -> None:
+        """Closes the open shards of a disk: they open again in no time. Those of a bucket stay open."""
+        if not self.directory.remote:
+            with self._lock:
+                self._readers.clear()
 
 
 def open_split(directory, split: str) -> tuple[Index, SplitReader]:
@@ -279,6 +322,7 @@ def open_split(directory, split: str) -> tuple[Index, SplitReader]:
                 raise UserError(f"{path} has {size} bytes instead of {scene.bytes}: truncated; {AGAIN}")
         scratch = np.empty((1, 6, 1, *index.latent_shape), np.float16)
         list(pool.map(lambda first: reader.read_arrays([[first]], scratch), reader.first[:-1].tolist()))
+    reader.release()
     return index, reader
 
 

@@ -162,11 +162,17 @@ class Folder:
 
     @contextlib.contextmanager
     def writing(self, name: str):
-        """A local path to write `name` to; what is there when the block ends without an error becomes `name`. For one process at a time."""
+        """A local path to write `name` to; what is there when the block ends without an error becomes `name`, else it is removed: it would keep
+        a full disk full. For one process at a time."""
         if not self.remote:
             partial = self.at(name + ".tmp")
-            yield partial
-            os.replace(partial, self.at(name))
+            try:
+                yield partial
+                os.replace(partial, self.at(name))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                raise
             return
         scratch = tempfile.mkdtemp(prefix="mila-")
         try:

@@ -17,8 +17,8 @@ import numpy as np
 
 from data_pipeline.clips import read_scene
 from data_pipeline.records import read_index, write_atomically
+from data_pipeline.simulator.write import simulated_seconds
 from mila_jax.choose_model import find_guide, find_weights, load_chosen, signature
-from mila_jax.config import load_config
 from mila_jax.errors import UserError
 from mila_jax.evaluate import drift
 from mila_jax.evaluate.consistency import overlaps
@@ -27,7 +27,7 @@ from mila_jax.evaluate.report import Report
 from mila_jax.decode import deciding, deciding_window, open_decoder
 from mila_jax.evaluate.video import contact_sheet, six_view_picture, write_six_views
 from mila_jax.generate import check_fits, sampler_options, window_settings
-from mila_jax.generate_command import generate_command
+from mila_jax.generate_command import generate_command, local_folder
 from mila_jax.parallel.mesh import axis_sizes
 from mila_jax.prepare import open_codec, prepare, simulate_from_config
 from mila_jax.scores import FEATURE_SIZE, agreement, compare, held_out_images, reconstruction
@@ -73,8 +73,7 @@ def demo(config, out, *, fresh: bool = False, train_first: bool = False, seconds
     `config`: configs/demo.py or one like it; its folders are set here. `fresh`: start over. `train_first`: train a model from random weights
     (or from `train.init_from`) on the simulated scenes instead of using `generate.weights`. `seconds`: length of the generated video.
     """
-    out = pathlib.Path(out)
-    frames = frame_count(seconds, least=4)
+    out, frames = local_folder(out), frame_count(seconds, least=4)
     config = config.copy_and_resolve_references()
     files = [] if train_first else [find_weights(config)]
     if not train_first or config.generate.guide:
@@ -87,6 +86,9 @@ def demo(config, out, *, fresh: bool = False, train_first: bool = False, seconds
     if not train_first:
         config.simulate.scenes = config.simulate.val_scenes = 1
     config.data.nuscenes, config.data.dir, config.train.dir = (str(out / part) for part in PARTS[:3])
+    found = simulated_seconds(config.data.nuscenes, config.data.version)
+    if found is not None and found > config.simulate.seconds:  # scenes of a longer demo hold this one, too
+        config.simulate.seconds = found
     clock = Clock(out / MARK)
     with clock.phase("simulate", progress):
         simulate_from_config(config, config.data.nuscenes, progress=progress)
@@ -152,7 +154,7 @@ def _generate(config, model, folder, seconds, frames, progress):
             data=config.data.dir, scene=name, start=START, seconds=seconds, out=folder, seed=config.seed, text=None, frames=None, waypoints=None,
             speed=8.0, explain=False, per_view=False,
         )  # fmt: skip
-        generate_command(config, options, progress=progress)
+        generate_command(config, options, replace=True, progress=progress)  # what is unfinished of other settings is not wanted, either
         write_atomically(record, json.dumps(identity, indent=1).encode())
     if not (folder / "recorded.mp4").exists():
         recorded = open_decoder(codec, config)(scene["latents"][after[:frames]].swapaxes(0, 1))

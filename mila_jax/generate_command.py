@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 import tqdm
 
+from data_pipeline.storage import is_remote
 from mila_jax.choose_model import load_chosen, signature
 from mila_jax.chunks import chunks_of
 from mila_jax.decode import Decoder, VideoDecoder, open_decoder
@@ -26,11 +27,11 @@ from mila_jax.unfinished import Unfinished, is_finished
 from mila_jax.views import VIEWS
 
 
-def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
+def generate_command(config, options, *, replace: bool = False, progress: bool = True) -> pathlib.Path:
     """`mila generate`: makes video.mp4, latents.npz and generate.json in `options.out`; returns the video's path.
 
     With `options.explain` it prints and draws (schedule.png) what it would do, and returns the picture's path. A video that is finished there already
-    is told and kept. Raises `UserError` if the folder holds another one, finished or not.
+    is told and kept. Raises `UserError` if the folder holds another one, finished or not; with `replace`, only if that one is finished.
     """
     length = frame_count(options.seconds)
     check_seed(options.seed)
@@ -64,7 +65,7 @@ def generate_command(config, options, *, progress: bool = True) -> pathlib.Path:
     if is_finished(out, finished, ["video.mp4", "latents.npz", *(f"{name}.mp4" for name in (VIEWS if options.per_view else ()))]):
         print(f"{out} holds this video already, finished; remove that folder to make it again", file=sys.stderr)
         return out / "video.mp4"
-    kept = Unfinished(out / "unfinished", about)
+    kept = Unfinished(out / "unfinished", about, replace)
     for partial in out.glob(".*.mp4"):  # of a run that was killed
         partial.unlink()
     making = Making(generator, job, decoder, kept, length)
@@ -199,9 +200,16 @@ def check_single_pictures(folder, about: dict, command: str) -> None:
         raise UserError(f"{folder} holds temporal latents (autoencoder.temporal); mila {command} is for those of single pictures")
 
 
+def local_folder(path) -> pathlib.Path:
+    """`path` as one of this machine. Raises `UserError` for an address (gs://…), which a Path would take for a folder named `gs:`."""
+    if is_remote(path):
+        raise UserError(f"--out={path} is an address; give a folder of this machine")
+    return pathlib.Path(path)
+
+
 def writable_folder(path) -> pathlib.Path:
-    """The folder `path`, made if it is missing. Raises `UserError` if nothing can be written there."""
-    out = pathlib.Path(path)
+    """The folder `path`, made if it is missing. Raises `UserError` for an address, and if nothing can be written there."""
+    out = local_folder(path)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".write").touch()

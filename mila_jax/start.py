@@ -1,5 +1,6 @@
 """What a generated video starts from: first frames of six views, cameras, a trajectory and a text."""
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -81,7 +82,7 @@ def _in_chunks(scene: dict, start_seconds: float, given: int, chunks) -> tuple[i
         raise UserError(f"scene {scene['name']!r} has no {given} latents in whole chunks with anything after them; choose another scene")
     best = int(np.argmin(np.abs(times[starts[within]] - start_seconds)))
     last = int(starts[within][best])
-    if abs(times[last] - start_seconds) > chunks.frames / FRAME_RATE:
+    if not abs(times[last] - start_seconds) <= chunks.frames / FRAME_RATE:  # not a number, too
         raise UserError(
             f"--start={start_seconds:g}: no chunk of scene {scene['name']!r} ends near it; choose between {times[starts[within][0]]:.2f} and {times[starts[within][-1]]:.2f}"
         )
@@ -92,7 +93,8 @@ def _by_time(scene: dict, start_seconds: float, given: int) -> tuple[int, list[i
     """(last instant, instants [given]) of frames at 12 Hz up to `start_seconds`."""
     times = scene["times"]
     last = int(np.argmin(np.abs(times - start_seconds)))
-    if not given - 1 <= last < len(times) - 1:
+    within = times[0] - HALF_FRAME <= start_seconds <= times[-1]  # False for NaN too
+    if not (within and given - 1 <= last < len(times) - 1):
         raise UserError(
             f"--start={start_seconds:g} lies outside scene {scene['name']!r}, which lasts {times[-1]:.1f} s; "
             f"choose between {(given - 1) / FRAME_RATE:.2f} and {times[-2]:.1f}"
@@ -111,7 +113,11 @@ def read_frames(folder, image_size) -> np.ndarray:
     Files are CAM_FRONT/*.jpg or CAM_FRONT*.jpg (png too) for each of the six cameras, ordered by name, 1/12 s apart, the same
     number for each, all of one size with the model's proportions. Raises `UserError` naming the folder, camera or file.
     """
-    from data_pipeline.nuscenes.reader import load_image
+    from data_pipeline.nuscenes.reader import decode_image
+
+    def read(path):
+        with _named(path):
+            return decode_image(path, height, width)
 
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -138,14 +144,20 @@ def read_frames(folder, image_size) -> np.ndarray:
             )
     if abs(sizes[0][1] / sizes[0][0] / (height / width) - 1) > ASPECT:
         raise UserError(f"--frames: images of {sizes[0][0]}×{sizes[0][1]} pixels have other proportions than the model's {width}×{height}; crop them")
-    return np.stack([np.stack([load_image(f, height, width) for f in files]) for files in found])
+    return np.stack([np.stack([read(f) for f in files]) for files in found])
 
 
 def _image_size(path) -> tuple[int, int]:
     """(width, height) of an image file; `UserError` if it is none."""
+    with _named(path), Image.open(path) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _named(path):
+    """Turns what a first frame that is gone or damaged raises into one `UserError` that names the file."""
     try:
-        with Image.open(path) as image:
-            return image.size
+        yield
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"--frames: {path} is not a readable image ({error}); replace the file") from None
 

@@ -132,7 +132,7 @@ def read_trajectory(path) -> Trajectory:
                 rows = list(csv.DictReader(f, skipinitialspace=True))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; waypoints are a .csv or .json file, a manoeuvre ({', '.join(MANOEUVRES)}) or scene") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
+    except (OSError, ValueError, csv.Error, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
         raise UserError(f"{path} cannot be read as waypoints ({error})") from None
     values = []
     if not isinstance(rows, list):
@@ -140,7 +140,7 @@ def read_trajectory(path) -> Trajectory:
     for number, row in enumerate(rows, 1):
         try:
             values.append([float(row[c]) for c in COLUMNS])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):  # the last one for an integer of hundreds of digits
             raise UserError(f"{path}, row {number}: needs numbers for {', '.join(COLUMNS)} (seconds, metres, metres, radians)") from None
     if len(values) < 2:
         raise UserError(f"{path} needs at least two rows of {', '.join(COLUMNS)}, it has {len(values)}")

@@ -44,11 +44,11 @@ def is_finished(folder, identity: dict, files) -> bool:
 class Unfinished:
     """The windows of one video in a folder: window-00000.npy and so on, float32, each written whole or not at all.
 
-    identity: plain values that decide what the windows are (weights, settings, seed, start). Raises `UserError` if the folder
-    holds windows of another video.
+    identity: plain values that decide what the windows are (weights, settings, seed, start). Windows of another video there are removed with
+    `replace`, else refused by a `UserError`.
     """
 
-    def __init__(self, folder, identity: dict):
+    def __init__(self, folder, identity: dict, replace: bool = False):
         self.folder = pathlib.Path(folder)
         record = self.folder / "identity.json"
         identity = json.loads(json.dumps(identity))
@@ -58,12 +58,14 @@ class Unfinished:
             except (OSError, ValueError):
                 old = {}
             different = differences(old, identity)
-            if different:
+            if different and replace:
+                self.remove()
+            elif different:
                 raise UserError(
                     f"{self.folder} holds the first windows of another video, which differs in {', '.join(different[:4])}; "
                     "finish it with those settings, remove that folder, or choose another --out"
                 )
-        else:
+        if not record.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 write_atomically(record, json.dumps(identity, indent=1).encode())

@@ -48,7 +48,8 @@ if [ "$only_python" = yes ]; then
   exit
 fi
 
-if ! [ -x "$venv/bin/python" ] || ! new_enough "$venv/bin/python"; then
+# A `venv` that was interrupted leaves a Python without pip.
+if ! [ -x "$venv/bin/python" ] || ! new_enough "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   python="$(find_python)"
   echo "setup: making .venv with $("$python" -V 2>&1)"
   "$python" -m venv --clear "$venv"

@@ -49,9 +49,9 @@ parse() {
   case "$tries" in ''|*[!0-9]*|0) fail "--tries takes a number of at least 1, not '$tries'" ;; esac
 }
 
-# Sets PYTHON for setup.sh if the image's own Python is too old: Python 3.12 from uv.
+# Sets PYTHON for setup.sh if the image's own Python is too old and there is no .venv that setup.sh keeps: Python 3.12 from uv.
 find_python() {
-  if [ -x "$root/.venv/bin/python" ] || bash "$root/scripts/setup.sh" --which-python >/dev/null 2>&1; then return; fi
+  if "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1 || bash "$root/scripts/setup.sh" --which-python >/dev/null 2>&1; then return; fi
   note "no Python 3.11 or newer here; getting 3.12 with uv"
   export PATH="$HOME/.local/bin:$PATH"
   if ! command -v uv >/dev/null 2>&1; then

@@ -138,6 +138,20 @@ def test_the_loader_reads_the_same_clips(root, encoded, bucket, tmp_path, monkey
         records.open_split(HOME, "train")
 
 
+def test_a_bucket_that_does_not_answer_is_no_damage(root, bucket, monkeypatch):
+    from array_record.python import array_record_module
+
+    def reader(path, options):
+        raise RuntimeError(f"Permanent error GetObjectMetadata: 403 Forbidden; reading {path}")
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordReader", reader)
+    stub.encode(root, HOME)
+    with pytest.raises(
+        UserError, match=r"gs://bucket/data/train-00000.array_record cannot be read \(Permanent error .*check that .* you may read it"
+    ):
+        records.open_split(HOME, "train")
+
+
 @pytest.mark.parametrize("address", ["gs://bucket/run", "gs://bucket/run/", "gs://bucket/run/model.safetensors"])
 def test_weights_of_a_run_in_a_bucket(bucket, tmp_path, monkeypatch, address):
     """`generate.weights` names the run or its file; `train.init_from` the file: fetched once, and again when another one lies there."""

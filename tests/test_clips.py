@@ -1,7 +1,12 @@
 """Clips by time: which frames, which starts, what a clip holds; and damaged data sets."""
 
+import concurrent.futures
+import contextlib
+import os
+import resource
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -131,6 +136,31 @@ def test_interleave():
     assert interleave([0, 2]) == [1]
     assert sorted(interleave([0.5, 0.25, 0.25])) == [0, 0, 1, 2] and interleave([0.5, 0.25, 0.25])[0] == 0
     assert interleave([1, 1e-9]).count(1) == 1
+    for weights in ([0.995, 0.005], [0.498, 0.498, 0.004], [0.992, 0.004, 0.004], [0.9, 0.09, 0.01], [0.49, 0.31, 0.2]):
+        pattern = interleave(weights)
+        assert len(pattern) <= 62 and set(pattern) == set(range(len(weights)))
+        assert all(abs(pattern.count(i) / len(pattern) - w) < 1 / 40 for i, w in enumerate(weights)), weights
+
+
+def with_text(encoded, folder, tokens):
+    """A copy of the data set whose text.npz holds `tokens` [scenes, l, e]."""
+    shutil.copytree(encoded, folder)
+    np.savez(folder / "text.npz", tokens=tokens, mask=np.ones(tokens.shape[:2], bool))
+    return folder
+
+
+def test_text_is_kept_as_stored_and_of_the_split_alone(encoded, tmp_path):
+    tokens = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    for kind in (np.float16, np.float32):
+        folder = with_text(encoded, tmp_path / kind.__name__, tokens.astype(kind))
+        source = ClipSource(folder, "train", [ClipSpec(4, 1, 12.0)])
+        assert source.text.dtype == kind and source.text.shape == (2, 4, 5) and source.text_mask.shape == (2, 4)
+        batch = source.batch(range(len(source)))
+        scenes = [source.clips[0][0][source.locate(item)[1]] for item in range(len(source))]
+        assert batch["text"].dtype == np.float32 and set(scenes) == {0, 1}
+        np.testing.assert_array_equal(batch["text"], tokens.astype(kind)[1:][scenes])
+        found = read_scene(folder, "scene-0002")["text"]
+        assert found.dtype == np.float32 and np.array_equal(found, tokens[1].astype(kind))
 
 
 def test_window_longer_than_the_data(encoded):
@@ -191,6 +221,78 @@ def test_a_damaged_shard_is_named(encoded, tmp_path, how, words):
             source[i]
     # The other scenes are intact.
     assert len(read_scene(tmp_path / "enc", "scene-0001")["times"]) > 30
+
+
+def many_shards(encoded, folder, count):
+    """A data set of `count` training scenes: those of `encoded` over and over, each a file of its own."""
+    index = records.read_index(encoded)
+    train, scenes = [s for s in index.scenes if s.split == "train"], []
+    folder.mkdir()
+    for number in range(count):
+        shard = records.shard_name("train", number)
+        scenes.append(msgspec.structs.replace(train[number % len(train)], shard=shard))
+        os.link(encoded / train[number % len(train)].shard, folder / shard)
+    (folder / "index.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(index, scenes=scenes)))
+    return folder
+
+
+def open_files():
+    """Numbers of this process's open files."""
+    return [int(name) for name in os.listdir("/dev/fd")]
+
+
+@contextlib.contextmanager
+def file_limit(more):
+    """At most `more` files than now can be open, as under a lower `ulimit -n`, which is the number that no open file may reach."""
+    used = open_files()
+    number = next(n for n in range(len(used) + more + 1) if n - sum(u < n for u in used) == more)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_shards_than_files_may_be_open(encoded, tmp_path):
+    """150 shards, of which any thread reads any, where 100 files may be open."""
+    folder = many_shards(encoded, tmp_path / "enc", 150)
+    before = open_files()
+    with file_limit(100):
+        _, reader = records.open_split(folder, "train")
+        assert len(open_files()) <= len(before) + 2, "none stays open that nobody reads"
+        _, few = records.open_split(encoded, "train")
+        whole, last = few.read(range(few.first[-1])), int(reader.first[-1])
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            numbers = np.random.default_rng(0).integers(0, last, (400, 3)).tolist()
+            for asked, found in zip(numbers, pool.map(reader.read, numbers)):
+                assert found == [whole[n % len(whole)] for n in asked]
+        assert len(open_files()) <= len(before) + 64 + 4
+
+
+def test_a_shard_that_makes_room_stays_readable_for_who_reads_it(encoded, tmp_path, monkeypatch):
+    monkeypatch.setitem(records.OPEN_SHARDS, "local", 1)
+    _, reader = records.open_split(many_shards(encoded, tmp_path / "enc", 12), "train")
+    held = reader._reader(0)
+    (expected,) = held.read([5])
+    reader.read(reader.first[1:-1])
+    assert list(reader._readers) == [11] and held.read([5]) == [expected] == reader.read([5])
+
+
+def test_too_many_open_files_are_no_damage(encoded, tmp_path):
+    _, reader = records.open_split(encoded, "train")
+    with file_limit(0):
+        for read in (lambda: reader.read([0]), lambda: records.read_index(encoded), lambda: records.read_text(encoded, 3)):
+            with pytest.raises(UserError, match=r"cannot be opened: too many files are open; .*`ulimit -n 8192`") as caught:
+                read()
+            assert "damaged" not in str(caught.value) and "prepare" not in str(caught.value)
+    assert len(reader.read([0])) == 1, "and it goes on when there are fewer"
+    shutil.copytree(encoded, tmp_path / "enc")
+    _, reader = records.open_split(tmp_path / "enc", "train")
+    shard = tmp_path / "enc/train-00000.array_record"
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train-00000.array_record cannot be read \(open\(\) failed: No such file"):
+        reader.read([0])
 
 
 def test_other_broken_files(encoded, tmp_path):

@@ -1,12 +1,18 @@
 """The demo from end to end at a small size, and that a second run reuses everything."""
 
+import json
 import pathlib
 
+import numpy as np
 import pytest
 
-from data_pipeline.simulator.write import SimulatorConfig, simulate
-from mila_jax.demo import demo
+from data_pipeline.simulator.write import SimulatorConfig, claim, simulate
+from mila_jax.choose_model import load_chosen
+from mila_jax.demo import _generate, demo
 from mila_jax.errors import UserError
+from mila_jax.generate import window_settings
+from mila_jax.train.loop import train
+from mila_jax.unfinished import Unfinished
 from tests import nuscenes_stub
 
 
@@ -51,6 +57,52 @@ def test_lengths_that_make_no_sense_end_before_any_work(small_config, tmp_path):
         with pytest.raises(UserError, match="--seconds"):
             demo(small_config, tmp_path / "demo", train_first=True, seconds=seconds, progress=False)
     assert not (tmp_path / "demo").exists()
+
+
+def test_scenes_of_a_longer_demo_are_used_for_a_shorter_one(small_config, tmp_path, monkeypatch):
+    asked = []
+
+    def simulated(config, out, progress):
+        asked.append(config.simulate.seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mila_jax.demo.simulate_from_config", simulated)
+    (tmp_path / "timings.json").write_text("{}")
+    claim(tmp_path / "nuscenes" / small_config.data.version, SimulatorConfig(seconds=63.0))
+    for seconds in (10, 60, 70):
+        with pytest.raises(KeyboardInterrupt):
+            demo(small_config, tmp_path, train_first=True, seconds=seconds, progress=False)
+    assert asked == [63, 63, 73]
+
+
+def test_an_interrupted_video_goes_on_or_is_left_for_one_of_other_settings(small_config, tmp_path, monkeypatch):
+    config = small_config.copy_and_resolve_references()
+    config.train.dir, config.train.steps = str(tmp_path / "train"), 2
+    config.generate.weights = str(train(config, progress=False).model)
+    model = load_chosen(config)
+    config = window_settings(model, config)
+    folder, write = tmp_path / "video", Unfinished.write
+
+    Unfinished(folder / "unfinished", {"seed": 7}).write(5, np.zeros(1))
+
+    def interrupted(self, number, window):
+        write(self, number, window)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Unfinished, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _generate(config, model, folder, 1.5, 18, False)
+    assert [p.name for p in (folder / "unfinished").glob("*.npy")] == ["window-00000.npy"]
+    monkeypatch.setattr(Unfinished, "write", write)
+    _generate(config, model, folder, 1.5, 18, False)
+    assert json.loads((folder / "generate.json").read_text())["windows_resumed"] == 1 and not (folder / "unfinished").exists()
+
+
+def test_an_address_is_no_folder(small_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--out=gs://b/demo is an address; give a folder of this machine"):
+        demo(small_config, "gs://b/demo", train_first=True, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_unwritable_folder(small_config, tmp_path):

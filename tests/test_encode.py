@@ -1,16 +1,19 @@
 """One record per instant: content, resume, TFDS metadata without TensorFlow, and what a broken image or encoder says."""
 
 import pathlib
+import shutil
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 
 from data_pipeline import records
 from data_pipeline.clips import read_scene
+from data_pipeline.encode import SceneEncoder, make_job
 from data_pipeline.nuscenes.reader import instants, load_image, open_nuscenes
 from mila_jax.errors import UserError
-from mila_jax.prepare import prepare
+from mila_jax.prepare import check_same_job, prepare
 from tests import nuscenes_stub as stub
 
 
@@ -168,7 +171,74 @@ def test_a_finished_data_set_is_not_encoded_over_with_other_settings(small_confi
     other.data.image_size, other.data.encode_batch = small_config.data.image_size, 0
     with pytest.raises(UserError, match="data.encode_batch=0"):
         prepare(other, progress=False)
+    other.data.encode_batch, other.data.nuscenes = small_config.data.encode_batch, str(folder.parent / "other")
+    stub.write(other.data.nuscenes, scenes=1, seconds=2.0, seed=1, height=32, width=48)
+    with pytest.raises(UserError, match="holds another scene of the name 'scene-0001' .*choose another data.dir"):
+        prepare(other, progress=False)
     assert prepare(small_config, progress=False) == [] and stub.tree_bytes(folder) == before
+
+
+def encoder_of(root, out):
+    """An encoder of the nuScenes folder `root` as `stub.encode` makes it."""
+    job = make_job(stub.LATENT_SHAPE, (stub.HEIGHT, stub.WIDTH), 100.0, 50.0, {"autoencoder": "stub"})
+    return SceneEncoder(open_nuscenes(root, "v1.0-sim"), out, stub.encode_images, job, 7)
+
+
+def change_index(folder, change):
+    """Replaces each scene of the index by change(scene)."""
+    index = records.read_index(folder)
+    content = msgspec.structs.replace(index, scenes=[change(scene) for scene in index.scenes])
+    (folder / "index.json").write_bytes(msgspec.json.encode(content))
+
+
+def test_a_finished_data_set_is_not_encoded_over_from_another_source(root, encoded, tmp_path):
+    replace, same = msgspec.structs.replace, encoder_of(root, encoded)
+    check_same_job(encoded, same)
+    check_same_job(tmp_path / "nothing", same)
+    stub.write(tmp_path / "other", scenes=1, seconds=2.0, seed=1)
+    with pytest.raises(UserError, match="another scene of the name 'scene-0001' .*choose another data.dir"):
+        check_same_job(encoded, encoder_of(tmp_path / "other", encoded))
+    shutil.copytree(encoded, tmp_path / "enc")
+    change_index(tmp_path / "enc", lambda scene: replace(scene, token="other"))
+    with pytest.raises(UserError, match="another scene of the name 'scene-0001'"):
+        check_same_job(tmp_path / "enc", same)
+    # Data sets of earlier versions know no tokens, the oldest no times but those of their records.
+    for forgotten in ({"token": ""}, {"token": "", "front_us": []}):
+        change_index(tmp_path / "enc", lambda scene: replace(scene, **forgotten))
+        check_same_job(tmp_path / "enc", same)
+        with pytest.raises(UserError, match="another scene of the name 'scene-0001'"):
+            check_same_job(tmp_path / "enc", encoder_of(tmp_path / "other", encoded))
+    change_index(tmp_path / "enc", lambda scene: replace(scene, name=scene.name.replace("scene", "drive")))
+    with pytest.raises(UserError, match="holds scene 'drive-0001', which .* lacks, and another would take its place"):
+        check_same_job(tmp_path / "enc", same)
+
+
+def test_a_source_that_grew_or_has_fewer_scenes_is_the_same_source(root, encoded, tmp_path):
+    shutil.copytree(root, tmp_path / "sim")
+    stub.write(tmp_path / "sim", scenes=4, seconds=2.0)
+    check_same_job(encoded, encoder_of(tmp_path / "sim", encoded))
+    stub.write(tmp_path / "sim", scenes=1, seconds=2.0)
+    check_same_job(encoded, encoder_of(tmp_path / "sim", encoded))
+
+
+def test_a_full_disk_is_told_and_not_kept_full(root, encoded, tmp_path, monkeypatch):
+    from array_record.python import array_record_module
+
+    def no_more_files(path, options):
+        raise RuntimeError(f"open() failed: Too many open files; opening {path}")
+
+    real = array_record_module.ArrayRecordWriter
+    with monkeypatch.context() as patch:
+        patch.setattr(array_record_module, "ArrayRecordWriter", lambda path, options: real("/dev/full", options))
+        words = r"val-00000.array_record cannot be written \(write\(\) failed: No space left on device.*make room and run the same command again"
+        with pytest.raises(UserError, match=words):
+            stub.encode(root, tmp_path)
+        assert list(tmp_path.iterdir()) == [], "a part of a shard would keep the disk full"
+        patch.setattr(array_record_module, "ArrayRecordWriter", no_more_files)
+        with pytest.raises(UserError, match="val-00000.array_record cannot be opened: too many files are open"):
+            stub.encode(root, tmp_path)
+    stub.encode(root, tmp_path)
+    assert stub.tree_bytes(tmp_path) == stub.tree_bytes(encoded)
 
 
 def test_encoder_of_another_size_or_with_nan(root, tmp_path):

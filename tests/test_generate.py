@@ -17,19 +17,19 @@ from PIL import Image
 from data_pipeline.clips import read_scene
 from data_pipeline.nuscenes.reader import open_nuscenes
 from data_pipeline.records import read_index
-from mila_jax import cli, generate, rollout_program
+from mila_jax import cli, generate, rollout_program, start
 from mila_jax.choose_model import find_guide, load_chosen, signature, with_guide
 from mila_jax.decode import deciding, deciding_window
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
 from mila_jax.flow.rollout import collect
-from mila_jax.generate_command import read_generated
+from mila_jax.generate_command import read_generated, writable_folder
 from mila_jax.model.autoencoder_weights import Codec
 from mila_jax.model.weights import SHIPPED, SHIPPED_GUIDE, load_model, save_model
 from mila_jax.parallel.logical import mesh_axes
 from mila_jax.prepare import open_codec
 from mila_jax.rollout_program import Network, Parameters, RolloutProgram
-from mila_jax.start import from_scene
+from mila_jax.start import from_scene, read_frames
 from mila_jax.train.loop import train
 from mila_jax.unfinished import Unfinished
 from mila_jax.views import VIEWS
@@ -341,6 +341,46 @@ def test_a_window_that_cannot_be_kept_is_told(tmp_path, monkeypatch):
     assert sorted(path.name for path in kept.folder.iterdir()) == ["identity.json", "window-00000.npy"]
 
 
+def test_windows_of_another_video_are_removed_where_they_may_be(tmp_path):
+    Unfinished(tmp_path / "unfinished", {"seed": 0}).write(0, np.zeros((1, 2)))
+    with pytest.raises(UserError, match="seed .0 then, 1 now"):
+        Unfinished(tmp_path / "unfinished", {"seed": 1})
+    assert len(list(Unfinished(tmp_path / "unfinished", {"seed": 0}, replace=True).read((1, 2)))) == 1
+    other = Unfinished(tmp_path / "unfinished", {"seed": 1}, replace=True)
+    assert not list(other.read((1, 2))) and json.loads((other.folder / "identity.json").read_text()) == {"seed": 1}
+
+
+def test_an_address_is_no_folder_to_write_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--out=gs://b/x is an address; give a folder of this machine"):
+        writable_folder("gs://b/x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seconds", (-5.0, float("nan"), float("inf"), 99.0))
+def test_a_start_outside_the_scene_is_refused(seconds):
+    """Also with one given frame, when the scene's first instant would do for all that comes before it."""
+    scene = {"name": "s", "times": np.arange(48) / 12}
+    with pytest.raises(UserError, match=f"--start={seconds:g} lies outside scene 's', which lasts 3.9 s; choose between 0.00 and 3.8"):
+        from_scene(scene, seconds, 1)
+
+
+def test_first_frames_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+    for view in VIEWS:
+        Image.fromarray(noise).save(tmp_path / f"{view}.png")
+    assert np.array_equal(read_frames(tmp_path, (32, 48))[3, 0], noise)
+    file = tmp_path / "CAM_BACK.png"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"^--frames: .*CAM_BACK.png is not a readable image \(.*truncated.*\); replace the file$"):
+        read_frames(tmp_path, (32, 48))
+    file.unlink()
+    file.symlink_to("nowhere")
+    monkeypatch.setattr(start, "_image_size", lambda path: (48, 32))  # as if it had gone just after that
+    with pytest.raises(UserError, match="^--frames: .*CAM_BACK.png is not a readable image .*No such file"):
+        read_frames(tmp_path, (32, 48))
+
+
 def test_names_of_kept_results_do_not_change_with_settings_that_are_not_used(trained):
     config = trained[0].copy_and_resolve_references()
     before = deciding(config.generate), deciding_window(config.window)
@@ -426,6 +466,7 @@ def test_mistakes_are_one_line_with_exit_code_2(trained, tmp_path, capsys, monke
         "sideways": ["generate", data, f"--scene={name}", "--waypoints=sideways", out],
         "short.csv ends at 1 s": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/short.csv", out],
         "cannot write to": ["generate", data, f"--scene={name}", f"--out={tmp_path}/file/x"],
+        "--out=gs://b/x is an address; give a folder of this machine": ["generate", data, f"--scene={name}", "--out=gs://b/x"],
         "--seconds=0 must": ["generate", data, f"--scene={name}", "--seconds=0", out],
         "--seconds=nan must": ["generate", data, f"--scene={name}", "--seconds=nan", out],
         "fast.csv has x, y that move at 500 m/s": ["generate", data, f"--scene={name}", f"--waypoints={tmp_path}/fast.csv", out],

@@ -32,8 +32,9 @@ cp "$root/scripts/mila.sh" "$root/.venv/bin/python"
 """
 
 # Stands for `python -m mila_jax`: each attempt takes its exit code from the first line of $HOME/../codes.WORKER (none left: 0);
-# "wait" works until SIGTERM, then leaves with 75 as `mila train` does.
+# "wait" works until SIGTERM, then leaves with 75 as `mila train` does. And for `python -m pip`.
 MILA = """#!/bin/bash
+[ "$2" = pip ] && exit "${NO_PIP:-0}"
 printf '%s\\n' "$@" >> "$HOME/arguments"
 codes="$HOME/../../codes.$(basename "$HOME")"
 code="$(head -n 1 "$codes" 2>/dev/null)"
@@ -602,14 +603,16 @@ def test_new_copy_replaces_the_old_one_and_nothing_else(worker, tmp_path):
     assert (worker.home / "setups").read_text().splitlines() == ["--extra=tpu --extra=gcs PYTHON=", " PYTHON="]
 
 
-def test_old_images_get_python_from_uv(worker, tmp_path):
-    shutil.rmtree(worker.home / "mila_jax" / ".venv")
+@pytest.mark.parametrize("venv", ("missing", "without pip"))
+def test_old_images_get_python_from_uv(venv, worker, tmp_path):
+    if venv == "missing":
+        shutil.rmtree(worker.home / "mila_jax" / ".venv")
     log = tmp_path / "uv.log"
     uv = f'#!/bin/bash\necho "uv $*" >> "{log}"\nif [ "$2" = find ]; then echo "/uv/python3.12"; fi\n'
     pip = f'#!/bin/bash\necho "python3 $*" >> "{log}"\nmkdir -p "$HOME/.local/bin"\ncp "{tmp_path}/uv" "$HOME/.local/bin/uv"\n'
     write_tool(tmp_path / "bin" / "python3", pip)
     write_tool(tmp_path / "uv", uv)
-    done = worker("run", "--", "train", script="mila_jax/scripts/tpu_worker.sh", NO_PYTHON="1", PATH=f"{tmp_path / 'bin'}:{worker.tools}")
+    done = worker("run", "--", "train", script="mila_jax/scripts/tpu_worker.sh", NO_PYTHON="1", NO_PIP="1", PATH=f"{tmp_path / 'bin'}:{worker.tools}")
     assert done.returncode == 0, done.stderr
     assert log.read_text().splitlines() == ["python3 -m pip install --quiet --user uv", "uv python install 3.12", "uv python find 3.12"]
     assert (worker.home / "setups").read_text() == " PYTHON=/uv/python3.12\n"

@@ -74,3 +74,8 @@ def test_batches_are_stacked():
 def test_a_batch_of_nothing():
     with pytest.raises(UserError, match="train.batch"):
         make_loader(Numbers(), batch_size=0, seed=0)
+
+
+def test_a_negative_seed_is_told_before_anything_is_read():
+    with pytest.raises(UserError, match="seed=-1 must not be negative"):
+        make_loader(Numbers(), batch_size=4, seed=-1)

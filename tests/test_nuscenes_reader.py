@@ -187,5 +187,5 @@ def test_missing_and_corrupt_image(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.jpg").write_text("not an image")
     for name in ("cut.jpg", "text.jpg"):
-        with pytest.raises(UserError, match=f"{name} is not a readable JPEG"):
+        with pytest.raises(UserError, match=f"{name} is not a readable image"):
             load_image(tmp_path / name, 64, 64)

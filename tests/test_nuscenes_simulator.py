@@ -10,7 +10,7 @@ from PIL import Image
 from data_pipeline.simulator import annotate, tables
 from data_pipeline.simulator.rig import load_rig
 from data_pipeline.simulator.timing import make_schedule
-from data_pipeline.simulator.write import remove
+from data_pipeline.simulator.write import remove, simulated_seconds
 from mila_jax import geometry
 from mila_jax.errors import UserError
 from mila_jax.views import VIEWS, view_index
@@ -204,6 +204,18 @@ def test_remove_spares_other_data_sets(tmp_path):
 def test_impossible_settings(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
         stub.write(tmp_path, **settings)
+
+
+def test_length_of_what_is_there(root, tmp_path):
+    wanted = json.loads((root / "v1.0-sim" / "simulator.json").read_text())["seconds"]
+    assert simulated_seconds(root, "v1.0-sim") == wanted > 0 and simulated_seconds(tmp_path, "v1.0-sim") is None
+
+
+def test_an_address_is_no_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--out=gs://b/sim is an address; give a folder of this machine"):
+        stub.write("gs://b/sim")
+    assert not list(tmp_path.iterdir())
 
 
 def test_unwritable_root(tmp_path):

@@ -50,6 +50,7 @@ def trained(small_config, tmp_path_factory):
 def known(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "short", SHORT)
     monkeypatch.setitem(presets.PRESETS, "slow", dataclasses.replace(SHORT, name="slow", fps=6, conditioning=3, fid_from=3, fvd_from=1))
+    monkeypatch.setitem(presets.PRESETS, "sampled", dataclasses.replace(SHORT, name="sampled", starts="scene", samples=4))
     monkeypatch.setattr(preset_scores, "parse_networks", lambda texts, preset: NETWORKS)
 
 
@@ -80,6 +81,20 @@ def test_missing_images_of_a_clip_are_told_before_anything_is_generated(trained,
     with pytest.raises(UserError, match="is missing, the first of 1 images of the clips") as error:
         preset_scores.preset_command(config, "short", tmp_path / "a", progress=False)
     assert lost in str(error.value)
+
+
+def test_several_samples_of_one_clip_are_one_recorded_clip(trained, tmp_path, monkeypatch):
+    """FVD needs two; that is told before anything is generated."""
+    monkeypatch.setattr(preset_scores.PresetBench, "video", lambda *_: pytest.fail("a clip was made that cannot be scored"))
+    with pytest.raises(UserError, match="has 1 clips of sampled .*4 samples each.*, two different ones at least are needed"):
+        preset_scores.preset_command(trained, "sampled", tmp_path / "a", progress=False)
+
+
+def test_pictures_that_are_too_small_are_told_by_the_models_size(trained, tmp_path):
+    config = trained.copy_and_resolve_references()
+    config.data.image_size = (64, 112)  # of the config that was given with the command; pictures have the model's
+    with pytest.raises(UserError, match="at least 49 pixels a side, these have 32×48"):
+        preset_scores.preset_command(config, "short", tmp_path / "a", amt=f"{tmp_path}/nothing.pth", progress=False)
 
 
 def test_scores_with_cards_resumed_and_compared(trained, tmp_path, monkeypatch):

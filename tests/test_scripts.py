@@ -76,6 +76,7 @@ def test_setup_refuses_unknown_arguments(tmp_path):
 
 FAKE_VENV_PYTHON = """
 case "$1 $2 $3" in
+  "-m pip --version") ;;
   "-m pip install") shift 3; echo "pip $*" >> "{log}"; case "$*" in *minilm*) exit {minilm} ;; esac ;;
   "-m pytest "*|"-m mila_jax "*) echo "$PWD|JAX_PLATFORMS=$JAX_PLATFORMS|$*" ;;
   *) exec "{python}" "$@" ;;
@@ -112,6 +113,22 @@ def test_setup_installs_once_and_again_when_the_requirements_change(prepared, tm
     with open(root / "requirements.txt", "a") as file:
         file.write("# changed\n")
     assert run(setup, path=tmp_path).returncode == 0 and len(asked()) == 7
+
+
+def test_setup_makes_a_venv_again_that_was_interrupted(prepared, tmp_path):
+    """It has a Python, but no pip."""
+    root, asked = prepared()
+    broken = root / ".venv" / "bin"
+    broken.rename(tmp_path / "whole")
+    tool(broken, "python", f'case "$*" in "-m pip"*) exit 1 ;; *) exec "{sys.executable}" "$@" ;; esac')
+    hide_pythons(tmp_path / "bin", f"""
+        case "$1 $2" in "-m venv") cp "{tmp_path}/whole/python" "${{@: -1}}/bin/python" ;; *ensurepip*) ;; *) exec "{sys.executable}" "$@" ;; esac
+    """)  # fmt: skip
+    done = run(root / "scripts" / "setup.sh", path=tmp_path / "bin")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("setup: making .venv with Python 3") and len(asked()) == 3
+    done = run(root / "scripts" / "setup.sh", path=tmp_path / "bin")
+    assert done.returncode == 0 and done.stdout == "" and len(asked()) == 3
 
 
 def test_setup_goes_on_without_the_text_encoder(prepared, tmp_path):

@@ -5,12 +5,13 @@ import io
 import sys
 import types
 
+import fsspec
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from mila_jax.errors import UserError
-from mila_jax.model.t5 import T5, T5Config, check_tensors, infer_t5_config, open_tokenizer, t5_forward, t5_shapes
+from mila_jax.model.t5 import T5, T5Config, check_tensors, find_tokenizer, infer_t5_config, open_tokenizer, t5_forward, t5_shapes
 from mila_jax.model.text import make_text_encoder
 
 CONFIG = T5Config(layers=2, width=16, heads=2, head_width=6, mlp_width=24, buckets=32, vocabulary=40)
@@ -46,6 +47,14 @@ def test_tokens_and_padding(folder):
     assert not tokens[0, 2:].any() and len(encoder.sha256) == 64 and encoder.name == "t5-raw"
     longer, _ = T5(folder / "model.safetensors", folder / "tokenizer.json", 12, clean=False).encode(["rain"])
     np.testing.assert_allclose(longer[0, :2], tokens[0, :2], atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ("model.safetensors", "pytorch_model.bin", "t5.pt", "t5.pth", ""))
+def test_the_tokenizer_beside_weights_of_any_kind_is_found(tmp_path, name):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert find_tokenizer(tmp_path / name) == tmp_path / "tokenizer.json"
+    fsspec.filesystem("memory").pipe_file("/t5/tokenizer.json", b"{}")
+    assert find_tokenizer(f"memory://t5/{name}".rstrip("/")) == "memory://t5/tokenizer.json"
 
 
 def test_texts_are_cleaned_before_the_tokens(folder):

@@ -204,6 +204,13 @@ def run(config, *arguments):
     return cli.main([*arguments, "--quiet", *(f"--config.{key}={value}" for key, value in settings.items())])
 
 
+@pytest.mark.parametrize("seconds", (-5.0, float("nan"), 99.0))
+def test_a_start_near_no_chunk_is_refused(seconds):
+    scene = {"name": "s", "times": CHUNK.last_frame(np.arange(15)) / 12, "chunks": CHUNK}
+    with pytest.raises(UserError, match=f"--start={seconds:g}: no chunk of scene 's' ends near it; choose between 1.33 and 2.75"):
+        from_scene(scene, seconds, 5)
+
+
 def test_from_a_scene_to_a_video(trained, tmp_path):
     scene = next(s.name for s in read_index(trained.data.dir).scenes if s.split == "val")
     assert (

@@ -69,6 +69,13 @@ def test_bad_files_name_file_and_row(tmp_path, text, match):
         read_trajectory(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("digits, match", [(400, "row 2: needs numbers"), (5000, "cannot be read as waypoints")])
+def test_integers_beyond_all_numbers_name_the_file(tmp_path, digits, match):
+    (tmp_path / "bad.json").write_text('[{"t": 0, "x": 0, "y": 0, "yaw": 0}, {"t": 1, "x": %s, "y": 0, "yaw": 0}]' % ("9" * digits))
+    with pytest.raises(UserError, match=f"bad.json.* {match}|bad.json, {match}"):
+        read_trajectory(tmp_path / "bad.json")
+
+
 def _drive(times, poses):
     return check_driveable(Trajectory(np.array(times, float), np.array(poses, float)), "drive.csv")
 

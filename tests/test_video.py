@@ -92,6 +92,12 @@ def test_unwritable_and_unreadable_paths_are_named(tmp_path):
             read_video(path)
 
 
+def test_a_colon_in_a_path_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_view("run:1/x.mp4", coloured()[:, 0], fps=12)
+    assert len(read_video("run:1/x.mp4")[0]) == 4 and [p.name for p in (tmp_path / "run:1").iterdir()] == ["x.mp4"]
+
+
 def test_contact_sheet_shows_each_time(tmp_path):
     path = tmp_path / "sheet.png"
     video = coloured()

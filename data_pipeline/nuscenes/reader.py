@@ -223,22 +223,27 @@ def nearest(sorted_times, wanted):
     return np.where(np.abs(sorted_times[after] - wanted) < np.abs(wanted - sorted_times[before]), after, before)
 
 
-def load_image(path, height: int, width: int) -> np.ndarray:
-    """Decodes a JPEG to uint8 [height, width, 3].
+def decode_image(path, height: int, width: int) -> np.ndarray:
+    """Decodes an image to uint8 [height, width, 3]. Raises what PIL and files raise: OSError, SyntaxError, ValueError.
 
-    Images of another size are shrunk first in the JPEG's own blocks (`draft`, several times faster than a full decode) and then
-    resized bicubically. Raises UserError naming the file when it is missing or broken.
+    Images of another size are shrunk first in a JPEG's own blocks (`draft`, several times faster than a full decode) and then
+    resized bicubically.
     """
+    with Image.open(io.BytesIO(read_file(path)) if is_remote(path) else path) as image:
+        if image.size != (width, height):
+            # Not below twice the target: the block-wise shrink aliases more than the bicubic step after it.
+            image.draft("RGB", (width * 2, height * 2))
+        image = image.convert("RGB")
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(image)
+
+
+def load_image(path, height: int, width: int) -> np.ndarray:
+    """An image of a nuScenes data set, uint8 [height, width, 3] (see `decode_image`). `UserError` naming the file when it is missing or broken."""
     try:
-        with Image.open(io.BytesIO(read_file(path)) if is_remote(path) else path) as image:
-            if image.size != (width, height):
-                # Not below twice the target: the block-wise shrink aliases more than the bicubic step after it.
-                image.draft("RGB", (width * 2, height * 2))
-            image = image.convert("RGB")
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
-            return np.asarray(image)
+        return decode_image(path, height, width)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: unpack all image archives of this nuScenes version") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not a readable JPEG ({error}); replace the file") from None
+        raise UserError(f"{path} is not a readable image ({error}); replace the file") from None

@@ -21,6 +21,7 @@ import tqdm
 from data_pipeline.simulator import tables
 from data_pipeline.simulator.rig import load_rig
 from data_pipeline.simulator.scene import scene_name, write_scene
+from data_pipeline.storage import is_remote
 from mila_jax.errors import UserError
 
 
@@ -47,9 +48,11 @@ def simulate(root, config: SimulatorConfig, progress: bool = True, world_factory
 
     world_factory(seed, index, seconds) -> World and renderer_factory(world, rig, height, width) -> Renderer default to the
     simulator's own. The same config gives the same bytes. Raises UserError when `root` holds a data set made with other
-    settings (more scenes are no other setting), when it cannot be written, and for settings that make no sense.
+    settings (more scenes are no other setting), when it cannot be written or is an address, and for settings that make no sense.
     """
     check(config)
+    if is_remote(root):  # a Path would take it for a folder of this machine named `gs:`
+        raise UserError(f"--out={root} is an address; give a folder of this machine")
     root = Path(root)
     home = root / config.version
     try:
@@ -135,6 +138,13 @@ def claim(home: Path, config: SimulatorConfig) -> None:
         raise UserError(f"{home} holds a nuScenes data set that the simulator did not write; choose another folder")
     else:
         tables.write_json(path, wanted)
+
+
+def simulated_seconds(root, version: str) -> float | None:
+    """Length of the scenes of the simulated data set `version` under `root`, None where there is none. `UserError` for a damaged record of it."""
+    path = Path(root) / version / "simulator.json"
+    found = tables.read_json(path) if path.exists() else {}
+    return found.get("seconds")
 
 
 def remove(root, version: str) -> None:

@@ -42,6 +42,11 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
+def _url(path) -> str:
+    """A file as FFmpeg wants it: without the protocol, it would take what stands before a colon in the name for one."""
+    return f"file:{path}"
+
+
 def _scaled(image, scale):
     """PIL image enlarged by `scale` (bicubic); sizes rounded to whole pixels."""
     if scale == 1:
@@ -88,7 +93,7 @@ def view_writer(path, fps, scale=1.0, crf=18):
     """
     count = 0
     try:
-        with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with atomic_path(path) as temporary, av.open(_url(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(10000))
             stream.pix_fmt = "yuv420p"
             # With AVX-512, x264's macroblock tree depends on what lay in memory before: equal frames would give unequal files.
@@ -131,7 +136,7 @@ def write_six_views(path, frames, fps, scale=1.0, labels=True, crf=18):
 def read_video(path):
     """Whole video into memory: uint8 [t, H, W, 3] and frames per second (float). Raises `UserError` if it cannot be read."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(_url(path)) as container:
             rate = float(container.streams.video[0].average_rate)
             return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]), rate
     except (av.error.FFmpegError, OSError, IndexError, ValueError) as error:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mila_jax.errors import UserError
 from mila_jax.model.captions import check_libraries, clean_caption
-from mila_jax.model.weight_files import local_file, read_tensors
+from mila_jax.model.weight_files import TORCH, local_file, read_tensors
 
 MAX_DISTANCE = 128  # of relative positions that have a bucket of their own; the same in every published model
 EPSILON = 1e-6
@@ -216,16 +216,12 @@ class T5:
 
 def find_tokenizer(path):
     """The tokenizer file beside the weights; `UserError` when there is none."""
-    from data_pipeline.storage import Folder
+    from data_pipeline.storage import Folder, is_remote
 
     text = str(path)
-    folder = Folder(
-        str(Path(text).parent)
-        if "://" not in text and text.endswith(".safetensors")
-        else text.rpartition("/")[0]
-        if text.endswith(".safetensors")
-        else text
-    )
+    if text.endswith((".safetensors", *TORCH)):
+        text = text.rpartition("/")[0] if is_remote(text) else str(Path(text).parent)
+    folder = Folder(text)
     for name in ("spiece.model", "tokenizer.json"):
         if folder.exists(name):
             return folder.at(name)
