@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from mila_jax.errors import UserError
 
+SEEDS = 2**32  # a random key takes 32 bits: larger seeds would give what smaller ones give
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 
 
@@ -49,7 +50,8 @@ def load_config(path="configs/tiny.py", overrides=()) -> ml_collections.ConfigDi
 
     `path` may end in `:stage1` to `:stage3`: the training stages of the paper, laid over the file's settings (configs/stages.py).
 
-    Raises `UserError`: no such file, a file without get_config, an unknown key (with the nearest one), a value of a wrong type.
+    Raises `UserError`: no such file, a file without get_config, an unknown key (with the nearest one), a value of a wrong type,
+    a seed that no random key holds.
     """
     path, _, stage = str(path).partition(":")
     file = _find(path)
@@ -94,4 +96,7 @@ def load_config(path="configs/tiny.py", overrides=()) -> ml_collections.ConfigDi
         raise UserError(f"a config value has a wrong type: {error}") from None
     if left:
         raise UserError(f"unexpected argument {left[0]!r}")
+    seed = values.config.get("seed", 0)
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"seed={seed} must lie between 0 and {SEEDS - 1}")
     return values.config

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from mila_jax.config import SEEDS
 from mila_jax.errors import UserError
 from mila_jax.trajectory import FASTEST, MANOEUVRES, Trajectory, check_driveable, coasting, from_poses, manoeuvre, read_trajectory
 from mila_jax.views import VIEWS
@@ -183,7 +184,6 @@ def from_images(images, codec, text_encoder, trajectory: Trajectory, text: str, 
     )  # fmt: skip
 
 
-SEEDS = 2**32  # a random key takes 32 bits: larger seeds would give the videos of smaller ones
 LONGEST = 600  # seconds; a typing error should not ask for a day of video
 
 

@@ -599,6 +599,8 @@ def test_unknown_keys_and_commands(capsys, tmp_path):
     assert "did you mean config.train.steps" in capsys.readouterr().err
     assert cli.main(["train", "--config=nowhere.py"]) == 2
     assert "configs/tiny.py" in capsys.readouterr().err
+    assert cli.main(["ablate", "--config.seed=-1", f"--out={tmp_path}/o"]) == 2
+    assert "seed=-1 must lie between 0 and" in capsys.readouterr().err
     assert cli.main(["train", "--config.train.steps=many"]) == 2
     assert "steps" in capsys.readouterr().err
     (tmp_path / "broken.py").write_text("def get_config(:")

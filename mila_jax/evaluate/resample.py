@@ -22,7 +22,7 @@ def interval(draws, value, videos: int):
 
     value ± t · s √(videos / (videos − 1)), with Student's t of videos − 1 degrees of freedom and the standard deviation s of the draws: for a mean of
     videos exactly the t interval. Percentiles of the draws would be far too narrow for few videos (of three normal ones they hold the mean in
-    70 %, not 95 %), and those of Fréchet distances lie too high.
+    74 %, not 95 %), and those of Fréchet distances lie too high.
     """
     if videos < 2:
         return np.full_like(value, np.nan, dtype=float), np.full_like(value, np.nan, dtype=float)
