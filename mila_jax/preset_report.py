@@ -9,6 +9,7 @@ from mila_jax.errors import UserError
 from mila_jax.evaluate import protocol
 from mila_jax.evaluate.report import Report
 from mila_jax.preset_measures import LOWER
+from mila_jax.scores import check_file
 
 
 def _table(rows) -> list[dict]:
@@ -100,8 +101,11 @@ def _verdict(a: dict, b: dict) -> str:
 def report_command(first, second, out=None) -> str:
     """`mila report A B`: two folders of `mila evaluate --preset`, score by score; returns the text, and writes it to `out` as a page.
 
-    Scores whose protocol cards differ are shown apart, with what differs: they cannot be compared. Raises `UserError` for a folder without scores.
+    Scores whose protocol cards differ are shown apart, with what differs: they cannot be compared. Raises `UserError` for a folder without scores and
+    for an `out` that cannot be written.
     """
+    if out:
+        check_file(out)
     lines, table = [], []
     a, b = (_by_key(_read(folder)) for folder in (first, second))
     for key in sorted(a.keys() | b.keys()):
@@ -125,5 +129,5 @@ def report_command(first, second, out=None) -> str:
         report.add_table(table, caption="Distances are better when lower; the other scores as the lines below say")
         for line in lines:
             report.add_text(line)
-        report.write(pathlib.Path(out))
+        report.write(out)
     return "\n".join(lines)

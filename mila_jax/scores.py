@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipeline.clips import read_scene
 from data_pipeline.records import read_index
+from data_pipeline.storage import is_remote
 from mila_jax.choose_model import load_chosen, signature
 from mila_jax.errors import UserError
 from mila_jax.evaluate import consistency, efficientnet, frechet, quality
@@ -134,10 +135,12 @@ def evaluate_command(config, *, clips: int, seconds: float, out, lpips: bool = F
 
 
 def check_file(path) -> None:
-    """Raises `UserError` if the file `path` could not be written; what is there stays."""
+    """Raises `UserError` if the file `path` could not be written, and for an address (gs://…); what is there stays."""
+    if is_remote(path):
+        raise UserError(f"--out={path} is an address; give a file of this machine")
     path = pathlib.Path(path)
     if path.is_dir():
-        raise UserError(f"cannot write {path}, it is a folder; without --preset --out is a JSON file")
+        raise UserError(f"cannot write {path}, it is a folder; --out is a file here (a folder only with evaluate --preset)")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

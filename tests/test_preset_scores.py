@@ -131,6 +131,9 @@ def test_scores_with_cards_resumed_and_compared(trained, tmp_path, monkeypatch):
     text = preset_report.report_command(tmp_path / "a", tmp_path / "b", tmp_path / "ab.html")
     assert text.count("NOT comparable") == 7 and "clips_sha256" in text and "n_real" in text
     assert "NOT comparable" in (tmp_path / "ab.html").read_text()
+    for out, message in (("gs://bucket/ab.html", "is an address"), (tmp_path, "it is a folder; --out is a file here")):
+        with pytest.raises(UserError, match=message):
+            preset_report.report_command(tmp_path / "a", tmp_path / "b", out)
     assert preset_report.report_command(tmp_path / "a", tmp_path / "a").count(", equal (halves") == 4
     assert preset_report.report_command(tmp_path / "a", tmp_path / "a").count("equally near to the recorded value") == 3
 
