@@ -86,7 +86,8 @@ def curves(videos: list[dict], recorded: list[dict], *, resamples: int = 200, se
 
     recorded: of `measure` for recorded video; all its pictures are the reference of the Fréchet distance, its means stand beside the
     statistics. Returns plain values: for each name "mean", and "low" and "high" (95 %, `resample.interval` over the videos), lists
-    over seconds that all videos have; "second_half": its mean over the later half, of all videos and then of each draw; "recorded": its means; "videos": their number.
+    over seconds that all videos have; "second_half": its mean over the later half, of all videos and then of each draw; "recorded": its means; "videos": their number;
+    "together": of how many recorded videos at a time the recorded Fréchet distance is.
     """
     seconds = min(len(v["contrast"]) for v in videos)
     # The first draw takes every video once.
@@ -112,6 +113,7 @@ def curves(videos: list[dict], recorded: list[dict], *, resamples: int = 200, se
         # What no drift would show, and somewhat less, since these pictures are among those of the reference: the same second of as many recorded
         # videos, where there are as many, so that the pictures are as many, too.
         reference, together = frechet.Reference(pictures), min(len(videos), len(recorded))
+        out["together"] = together
         turns = [[recorded[(first + i) % len(recorded)]["features"] for i in range(together)] for first in range(0, len(recorded), together)]
         parts = [reference.distance(np.concatenate(second)) for features in turns for second in zip(*features)]
         out["recorded"][frechet.NAME] = float(np.mean(parts))
@@ -171,7 +173,7 @@ def add_to_report(report, named: dict, residuals: dict | None = None) -> None:
                 series |= {name + ("" if part == "mean" else f", {part}"): list(zip(times, values)) for part, values in found[key].items()}
                 if key in found["recorded"]:
                     # Fréchet distances of fewer pictures are higher: each number of videos has a line of its own.
-                    line = f"recorded, {found['videos']} at a time" if key == frechet.NAME else "recorded"
+                    line = f"recorded, {found['together']} at a time" if key == frechet.NAME else "recorded"
                     longest = max(found["seconds"], *(x for x, _ in series.get(line, ())), 1)
                     series[line] = [(1, found["recorded"][key]), (longest, found["recorded"][key])]
         if series:
