@@ -28,7 +28,7 @@ from mila_jax.generate import Generator, check_fits, make_plan, window_settings
 from mila_jax.generate_command import writable_folder
 from mila_jax.prepare import open_codec
 from mila_jax.scores import FEATURE_SIZE
-from mila_jax.start import from_scene
+from mila_jax.start import from_scene, instants_at
 from mila_jax.train.tasks import clip_specs
 from mila_jax.trajectory import coasting
 from mila_jax.views import view_index
@@ -156,7 +156,7 @@ class Bench:
         anchors = None
         if variant.anchors == "true":
             plan = make_plan(config, variant.frames, config.window.conditioning)
-            numbers = after[plan.anchor_frames - 1]
+            numbers = instants_at(scene, after, plan.anchor_frames)
             anchors = np.asarray(scene["latents"][numbers], np.float32).swapaxes(0, 1)[None]
         generator = self._generators.setdefault((config.window.frames, config.window.conditioning), Generator(self.model, config)).with_config(config)
         seed = int(hashlib.sha256(repr(clip).encode()).hexdigest()[:6], 16) + config.seed  # the clip's own, the same for all variants

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--scene", metavar="NAME")
     generate.add_argument("--start", type=float, help="seconds into the scene of the last given frame (default 1)")
     generate.add_argument("--waypoints", default=None, metavar="W", help="scene, a .csv or .json file, straight, left, right, stop, or none")
-    generate.add_argument("--speed", type=float, default=8.0, help="m/s at the start of a named manoeuvre")
+    generate.add_argument("--speed", type=float, default=None, help="m/s at the start of a named manoeuvre (default: as recorded, 8 with --frames)")
     generate.add_argument("--text", default=None, help="scene description")
     generate.add_argument("--seconds", type=float, default=8.0)
     generate.add_argument("--seed", type=int, default=0)

@@ -31,7 +31,7 @@ from mila_jax.generate_command import generate_command, local_folder
 from mila_jax.parallel.mesh import axis_sizes
 from mila_jax.prepare import open_codec, prepare, simulate_from_config
 from mila_jax.scores import FEATURE_SIZE, agreement, compare, held_out_images, reconstruction
-from mila_jax.start import FRAME_RATE, frame_count, from_scene
+from mila_jax.start import FRAME_RATE, frame_count, from_scene, instants_at
 from mila_jax.train.loop import train
 from mila_jax.train.metrics import read_metrics
 
@@ -110,7 +110,7 @@ def demo(config, out, *, fresh: bool = False, train_first: bool = False, seconds
         start, scene, after = _generate(config, model, out / "video", seconds, frames, progress)
     with clock.phase("report", progress):
         path = out / "report.html"
-        _report(config, model, outcome, out, clock, start, scene, after[:frames], progress).write(path)
+        _report(config, model, outcome, out, clock, start, scene, instants_at(scene, after, np.arange(1, frames + 1)), progress).write(path)
     return path
 
 
@@ -152,12 +152,13 @@ def _generate(config, model, folder, seconds, frames, progress):
             path.unlink(missing_ok=True)
         options = types.SimpleNamespace(
             data=config.data.dir, scene=name, start=START, seconds=seconds, out=folder, seed=config.seed, text=None, frames=None, waypoints=None,
-            speed=8.0, explain=False, per_view=False,
+            speed=None, explain=False, per_view=False,
         )  # fmt: skip
         generate_command(config, options, replace=True, progress=progress)  # what is unfinished of other settings is not wanted, either
         write_atomically(record, json.dumps(identity, indent=1).encode())
     if not (folder / "recorded.mp4").exists():
-        recorded = open_decoder(codec, config)(scene["latents"][after[:frames]].swapaxes(0, 1))
+        shown = instants_at(scene, after, np.arange(1, frames + 1))
+        recorded = open_decoder(codec, config)(scene["latents"][shown].swapaxes(0, 1))
         write_six_views(folder / "recorded.part.mp4", recorded, FRAME_RATE, scale=SCALE)
         (folder / "recorded.part.mp4").replace(folder / "recorded.mp4")
     return start, scene, after

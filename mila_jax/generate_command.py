@@ -46,6 +46,8 @@ def generate_command(config, options, *, replace: bool = False, progress: bool =
             "window; generate.window or generate.anchor_stride set it otherwise",
             file=sys.stderr,
         )
+    for line in otherwise_than_trained(model, config):
+        print(line, file=sys.stderr)
     codec = open_codec(config)
     video = open_video_codec(config, codec)
     check_fits(model, codec, options.data, video)
@@ -219,6 +221,13 @@ def writable_folder(path) -> pathlib.Path:
     return out
 
 
+def otherwise_than_trained(model, config) -> list[str]:
+    """A line on each setting of noise in a window that is not what the model was trained with: it is the config's that counts."""
+    keys = ("tpd_family", "tpd_strength", "anchor_error", "anchor_level")
+    pairs = [(key, config.window[key], model.config.window.get(key)) for key in keys]
+    return [f"window.{key}={now}, the model was trained with {then}" for key, now, then in pairs if then not in (None, now)]
+
+
 def find_start(model, config, codec, options, video=None):
     """The `Start` that the options ask for: from a scene of an encoded data set, or from a folder of images (`video`: with its `VideoCodec`).
 
@@ -246,7 +255,9 @@ def find_start(model, config, codec, options, video=None):
         raise UserError("--start goes with --data; --frames begin a video where they are")
     images = read_frames(options.frames, model.data["image_size"])
     wanted = given if video is None else video.chunks.frame_count(given)
-    images = images[:, -(wanted if video is None or images.shape[1] >= wanted else 1) :]  # what is no whole chunk: the last image alone
+    if video is not None:  # whole chunks; what is none: the last image alone
+        wanted = min(wanted, images.shape[1] // video.chunks.frames * video.chunks.frames) or 1
+    images = images[:, -wanted:]
     trajectory = choose_trajectory(options.waypoints, None, options.seconds, options.speed)
     start = from_images(images, codec, text_encoder(), trajectory, options.text or "", video)
     return dataclasses.replace(start, waypoints_known=known)

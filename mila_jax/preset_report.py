@@ -1,6 +1,7 @@
 """The page of `mila evaluate --preset`, and `mila report A B`, which compares two of them score by score."""
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -12,13 +13,27 @@ from mila_jax.preset_measures import LOWER
 from mila_jax.scores import check_file
 
 
+def _twice(cards) -> set[tuple]:
+    """Score, views and window of those that one record has more than once, with different preprocessing."""
+    found = collections.Counter((card["score"], card["views"], card["window"]) for card in cards)
+    return {key for key, count in found.items() if count > 1}
+
+
+def _named(card: dict, twice: set[tuple]) -> str:
+    """The score, and its preprocessing where there are several."""
+    key = (card["score"], card["views"], card["window"])
+    return f"{card['score']} ({card['preprocessing']})" if key in twice else card["score"]
+
+
 def _table(rows) -> list[dict]:
     """Rows of one table, with all columns in each."""
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "card"))
     windows = any(row["card"]["window"] for row in rows)
+    twice = _twice([row["card"] for row in rows])
 
     def head(card):
-        return {"score": card["score"], "views": card["views"]} | ({"seconds": card["window"] or "all"} if windows else {})
+        named = {"score": _named(card, twice), "views": card["views"]}
+        return named | ({"seconds": card["window"] or "all"} if windows else {})
 
     return [head(row["card"]) | {key: row.get(key, "") for key in columns} for row in rows]
 
@@ -32,11 +47,11 @@ def write_report(out: pathlib.Path, record: dict, shown: list[pathlib.Path]) -> 
     report.add_table(
         _table(record["scores"]), caption="Distances, lower is better; beside them what halves of the real clips and broken real clips have"
     )
-    curves = collections.defaultdict(list)
+    curves, twice = collections.defaultdict(list), _twice([row["card"] for row in record["scores"]])
     for row in record["scores"]:
         if row["card"]["window"]:
             middle = sum(map(float, row["card"]["window"].split("-"))) / 2
-            curves[f"{row['card']['score']} {row['card']['views']}"].append((middle, row["distance"]))
+            curves[f"{_named(row['card'], twice)} {row['card']['views']}"].append((middle, row["distance"]))
     for name, points in curves.items():
         if len(points) > 1:
             report.add_curve({name: sorted(points)}, f"{name} by the middle of its window, seconds after the last given frame")
@@ -71,14 +86,13 @@ def _read(folder) -> list[dict]:
     return rows
 
 
-def _by_key(rows) -> dict[tuple, dict]:
-    """Rows by score, views and window, and by preprocessing where one record has the same with two."""
-    first = collections.Counter((row["card"].score, row["card"].views, row["card"].window) for row in rows)
+def _by_key(rows, twice) -> dict[tuple, dict]:
+    """Rows by score, views and window, and by preprocessing for those that are in `twice`."""
     out = {}
     for row in rows:
         card = row["card"]
         key = (card.score, card.views, card.window)
-        out[(*key, card.preprocessing) if first[key] > 1 else key] = row
+        out[(*key, card.preprocessing) if key in twice else key] = row
     return out
 
 
@@ -107,7 +121,10 @@ def report_command(first, second, out=None) -> str:
     if out:
         check_file(out)
     lines, table = [], []
-    a, b = (_by_key(_read(folder)) for folder in (first, second))
+    found = [_read(folder) for folder in (first, second)]
+    # One with a single preprocessing meets its like in the other's two.
+    twice = set().union(*(_twice([dataclasses.asdict(row["card"]) for row in rows]) for rows in found))
+    a, b = (_by_key(rows, twice) for rows in found)
     for key in sorted(a.keys() | b.keys()):
         name = " ".join(key[:2]) + (f" {key[2]} s" if key[2] else "") + (f" ({key[3]})" if len(key) > 3 else "")
         if key not in a or key not in b:

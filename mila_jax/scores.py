@@ -14,7 +14,8 @@ from mila_jax.errors import UserError
 from mila_jax.evaluate import consistency, efficientnet, frechet, quality
 from mila_jax.evaluate.lpips import Lpips
 from mila_jax.evaluate.video import atomic_path
-from mila_jax.generate import Generator, check_fits, decode_frames, window_settings
+from mila_jax.decode import open_decoder
+from mila_jax.generate import Generator, check_fits, window_settings
 from mila_jax.prepare import open_codec
 from mila_jax.start import frame_count, from_scene
 from mila_jax.views import view_index
@@ -99,7 +100,7 @@ def evaluate_command(config, *, clips: int, seconds: float, out, lpips: bool = F
     config = window_settings(model, config)
     codec = open_codec(config)
     check_fits(model, codec, config.data.dir)
-    generator = Generator(model, config)
+    generator, decoder = Generator(model, config), open_decoder(codec, config)
     names = [s.name for s in read_index(config.data.dir).scenes if s.split == "val"]
     if not names:
         raise UserError(f"{config.data.dir} has no val scenes")
@@ -112,9 +113,9 @@ def evaluate_command(config, *, clips: int, seconds: float, out, lpips: bool = F
         round_ = number // len(names)
         rounds = -(-clips // len(names))
         start, after = from_scene(scene, 1 + (latest - 1) * round_ / max(rounds - 1, 1), config.window.conditioning)
-        result, _ = generator([start], frames, seed=number)
-        generated.append(np.stack(list(decode_frames(codec, result.latents[0]))))
-        real.append(np.stack(list(decode_frames(codec, scene["latents"][after[:frames]].swapaxes(0, 1)))))
+        result, _ = generator([start], frames, seed=config.seed + number)
+        generated.append(np.stack(list(decoder(result.latents[0]))))
+        real.append(np.stack(list(decoder(scene["latents"][after[:frames]].swapaxes(0, 1)))))
         agreements.append(agreement({"generated": generated[-1], "real": real[-1]}, start))
     rows = compare(np.concatenate(generated), np.concatenate(real), progress=progress)
     scores = {"clips": clips, "seconds": seconds, "weights_sha256": model.sha256, "made_by": signature(model, config.generate), "distances": rows}
@@ -122,7 +123,7 @@ def evaluate_command(config, *, clips: int, seconds: float, out, lpips: bool = F
     for key in ("correlation", "wrong_pairing_correlation"):
         scores[f"view_agreement_{key}"] = {a["video"]: float(np.mean([t[i][key] for t in agreements])) for i, a in enumerate(agreements[0])}
     if config.data.nuscenes:
-        images = held_out_images(config.data.nuscenes, config.data.version, config.data.image_size)
+        images = held_out_images(config.data.nuscenes, config.data.version, model.data["image_size"])
         scores["reconstruction_psnr_db"], back = reconstruction(codec, images)
         if perceptual:
             scores["reconstruction_lpips"], scores["lpips"] = float(perceptual(images, back).mean()), perceptual.describe()

@@ -10,7 +10,9 @@ from PIL import Image
 
 from mila_jax.config import SEEDS
 from mila_jax.errors import UserError
-from mila_jax.trajectory import FASTEST, MANOEUVRES, Trajectory, check_driveable, coasting, from_poses, manoeuvre, read_trajectory
+from mila_jax.trajectory import (
+    FASTEST, MANOEUVRES, Trajectory, check_driveable, coasting, from_poses, manoeuvre, read_trajectory, speed_at_start, with_past,
+)  # fmt: skip
 from mila_jax.views import VIEWS
 
 FRAME_RATE = 12.0
@@ -70,6 +72,20 @@ def from_scene(scene: dict, start_seconds: float, given: int) -> tuple["Start", 
         scene=scene.get("name"), time_us=int(scene["timestamps"][last, front]) if "timestamps" in scene else None,
     )  # fmt: skip
     return start, np.arange(last + 1, len(times))
+
+
+def instants_at(scene: dict, after: np.ndarray, frames) -> np.ndarray:
+    """Instants [n] of the scene at `frames` [n] (1 = a twelfth of a second after the last given one): by time, since an instant may be missing.
+
+    after: as `from_scene` returns it. Latents in chunks have no missing ones: by number.
+    """
+    frames = np.asarray(frames)
+    if scene.get("chunks") is not None:
+        return after[frames - 1]
+    wanted = scene["times"][after[0] - 1] + frames / FRAME_RATE
+    later = np.clip(np.searchsorted(scene["times"], wanted), 1, len(scene["times"]) - 1)
+    nearer = wanted - scene["times"][later - 1] < scene["times"][later] - wanted
+    return np.maximum(later - nearer, after[0])
 
 
 def _in_chunks(scene: dict, start_seconds: float, given: int, chunks) -> tuple[int, np.ndarray]:
@@ -211,13 +227,19 @@ def covering(trajectory: Trajectory, seconds: float, source: str) -> Trajectory:
     return trajectory
 
 
-def choose_trajectory(name: str | None, recorded: Trajectory | None, seconds: float, speed: float) -> Trajectory:
+SPEED = 8.0  # m/s, where nothing is recorded and nothing else is said
+
+
+def choose_trajectory(name: str | None, recorded: Trajectory | None, seconds: float, speed: float | None) -> Trajectory:
     """The trajectory that `--waypoints` names. recorded: the scene's, None where nothing is recorded (`--frames`).
 
-    none: straight on at the speed so far (`--speed` where nothing is recorded). Raises `UserError` for an unknown name, for a file that
-    does not reach from 0 to the end of the video, and for one that no car can drive.
+    none: straight on at the speed so far. speed: m/s that a manoeuvre begins with, None for the recorded one, or `SPEED`. Up to time 0 the car drove as
+    is recorded, whatever it does then. Raises `UserError` for an unknown name, for a file that does not reach from 0 to the end of the
+    video, and for one that no car can drive.
     """
-    if not 0 <= speed <= FASTEST:
+    if speed is None:
+        speed = SPEED if recorded is None else max(0.0, speed_at_start(recorded))
+    elif not 0 <= speed <= FASTEST:
         raise UserError(f"--speed={speed:g} must lie between 0 and {FASTEST:g} m/s")
     if name in (None, "scene"):
         if recorded is None:
@@ -226,5 +248,7 @@ def choose_trajectory(name: str | None, recorded: Trajectory | None, seconds: fl
     if name == "none":
         return manoeuvre("straight", seconds + 10, speed) if recorded is None else coasting(recorded)
     if name.endswith((".csv", ".json")):
-        return covering(check_driveable(read_trajectory(name), f"--waypoints={name}"), seconds, f"--waypoints={name}")
-    return manoeuvre(name, seconds + 10, speed)
+        chosen = covering(check_driveable(read_trajectory(name), f"--waypoints={name}"), seconds, f"--waypoints={name}")
+    else:
+        chosen = manoeuvre(name, seconds + 10, speed)
+    return chosen if recorded is None else with_past(recorded, chosen)

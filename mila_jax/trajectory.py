@@ -28,15 +28,20 @@ class Trajectory:
     poses: np.ndarray
 
     def at(self, times) -> np.ndarray:
-        """Poses at any times [...] → [..., 3]: linear in between, going on as at the ends beyond them."""
+        """Poses at any times [...] → [..., 3]: linear in between; beyond the ends on the circle of the last, or first, step, at its speed."""
         times = np.asarray(times, np.float64)
-        yaw = np.unwrap(self.poses[:, 2])
-        columns = (self.poses[:, 0], self.poses[:, 1], yaw)
+        place, yaw = self.poses[:, 0] + 1j * self.poses[:, 1], np.unwrap(self.poses[:, 2])
         if len(self.times) == 1:
             return np.broadcast_to(self.poses[0], times.shape + (3,)).copy()
         i = np.clip(np.searchsorted(self.times, times) - 1, 0, len(self.times) - 2)
         share = (times - self.times[i]) / (self.times[i + 1] - self.times[i])
-        return np.stack([c[i] + share * (c[i + 1] - c[i]) for c in columns], -1)
+        step, turn = place[i + 1] - place[i], yaw[i + 1] - yaw[i]
+        # Steps beyond the end that is nearest: a circle's chords, each turned by as much as the car. From the step as the car saw it at its beginning.
+        beyond = np.where(share > 1, share - 1, np.minimum(share, 0))
+        end = i + (share > 1)
+        chord = step * np.exp(-1j * yaw[i]) / _chord(turn) * _chord(beyond * turn) * beyond * np.exp(1j * yaw[end])
+        found = np.where(beyond == 0, place[i] + share * step, place[end] + chord)
+        return np.stack([found.real, found.imag, yaw[i] + share * turn], -1)
 
     def waypoints(self, times, reference) -> np.ndarray:
         """Poses at `times` [..., t] relative to the ego at `reference` [...] seconds → [..., t, 3] (waypoints)."""
@@ -46,6 +51,13 @@ class Trajectory:
         turn = pose[..., 2] - origin[..., 2]
         turn = (turn + np.pi) % (2 * np.pi) - np.pi
         return np.stack([cos * dx + sin * dy, -sin * dx + cos * dy, turn], -1).astype(np.float32)
+
+
+def _chord(turn):
+    """From a unit of driving on a circle, headed along the real axis at first, while the car turns by `turn` [...]: complex displacement."""
+    small = np.abs(turn) < 1e-6
+    safe = np.where(small, 1.0, turn)
+    return np.where(small, 1 + 0.5j * turn, (np.exp(1j * safe) - 1) / (1j * safe))
 
 
 def from_poses(times, translation, rotation, reference: int) -> Trajectory:
@@ -79,9 +91,27 @@ def manoeuvre(name: str, seconds: float, speed: float = 8.0) -> Trajectory:
 
 
 def coasting(trajectory: Trajectory) -> Trajectory:
-    """What a trajectory tells up to time 0 and no further: from there on straight, at the speed and turning rate of its last step."""
-    past = trajectory.at([-1 / 12, 0.0])
-    return Trajectory(np.array([-1 / 12, 0.0]), past)
+    """What a trajectory tells up to time 0 and no further: from there on straight ahead, at the speed of its last step."""
+    ahead = Trajectory(np.array([0.0, 1.0]), trajectory.at(0.0) + np.array([[0.0], [speed_at_start(trajectory)]]) * _heading(trajectory))
+    return with_past(trajectory, ahead)
+
+
+def _heading(trajectory: Trajectory) -> np.ndarray:
+    yaw = trajectory.at(0.0)[2]
+    return np.array([np.cos(yaw), np.sin(yaw), 0.0])
+
+
+def speed_at_start(trajectory: Trajectory) -> float:
+    """Speed in m/s over the last twelfth of a second before time 0, negative for a car that backs."""
+    step = np.subtract(*trajectory.at([0.0, -1 / 12]))
+    return float(step @ _heading(trajectory)) * 12
+
+
+def with_past(recorded: Trajectory, ahead: Trajectory) -> Trajectory:
+    """The recorded poses up to time 0, where both are at the same place, and those of `ahead` after it."""
+    before, after = recorded.times < 0, ahead.times > 0
+    times = np.concatenate([recorded.times[before], [0.0], ahead.times[after]])
+    return Trajectory(times, np.concatenate([recorded.poses[before], recorded.at([0.0]), ahead.poses[after]]))
 
 
 def check_driveable(trajectory: Trajectory, source: str) -> Trajectory:

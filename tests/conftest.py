@@ -72,6 +72,7 @@ def small_config(tmp_path_factory):
     config.autoencoder.path = str(root / "autoencoder.safetensors")
     config.text.encoder, config.text.length = "table", 8
     config.model.width, config.model.depth, config.model.heads, config.model.fourier_bands = 16, 1, 2, 2
+    config.model.sweep = 2  # corridors are most of such a small program (all nine: tests/test_model_evidence.py)
     config.window.frames, config.window.conditioning = 8, 2
     config.train.batch, config.train.steps, config.train.warmup, config.train.log_every = 4, 8, 2, 2
     config.train.checkpoint_every, config.train.eval_every, config.train.eval_batches = 4, 0, 1

@@ -30,7 +30,7 @@ FRAMES = 10  # one coarse window, two refining ones
 def make_config() -> ml_collections.ConfigDict:
     """configs/tiny.py with a smaller network, text guidance and few steps."""
     config = load_config("configs/tiny.py")
-    config.model.update(width=32, depth=2, heads=4, fourier_bands=2)
+    config.model.update(width=32, depth=2, heads=4, fourier_bands=2, sweep=2)
     config.window.update(frames=8, conditioning=2, anchor_stride=6)
     config.generate.update(steps=2, guidance_text=2.0)
     return config

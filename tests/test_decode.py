@@ -7,6 +7,7 @@ import pytest
 
 from mila_jax.decode import Decoder, decode_frames, tiles
 from mila_jax.errors import UserError
+from mila_jax.model.autoencoder_weights import Codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +48,18 @@ def test_wrong_settings_name_the_key():
         with pytest.raises(UserError, match=key):
             Decoder(Enlarging([]), **wrong)
     assert len(list(decode_frames(Enlarging([]), LATENTS))) == 5
+
+
+@pytest.mark.parametrize("frames, views", [(1, 0), (4, 1), (4, 0)])
+def test_what_goes_through_together_is_shared_by_all_devices(frames, views):
+    """Few pictures at a time, as asked for, on four or five devices: each call is padded to a multiple of their number."""
+    for devices in (4, 5):
+        sizes = []
+
+        def decode(params, latents):
+            sizes.append(len(latents))
+            return np.repeat(np.repeat(latents[..., :3], 4, 1), 4, 2).astype(np.uint8)
+
+        codec = Codec(None, None, np.zeros(4), np.ones(4), "", 24, None, decode, devices)
+        assert np.array_equal(np.stack(list(Decoder(codec, frames, views)(LATENTS))), PICTURES)
+        assert {size % devices for size in sizes} == {0} and max(sizes) < frames * (views or 6) + devices

@@ -30,9 +30,10 @@ def test_card_comes_back_from_json():
 
 
 def test_windows_of_seconds_leave_out_what_was_given():
-    assert protocol.window(148, 4, 12, 0, 4) == (4, 47)  # t = 0 is the last given frame
-    assert protocol.window(148, 4, 12, 4, 8) == (51, 48) and protocol.window(148, 4, 12, 8, 12) == (99, 48)
-    assert protocol.window(19, 3, 10, 0.1, 0.3) == (3, 2)
+    # t = 0 is the last given frame, the first generated one at 1/12 s: windows next to each other hold equally many, and together all.
+    assert [protocol.window(148, 4, 12, start, start + 4) for start in (0, 4, 8)] == [(4, 48), (52, 48), (100, 48)]
+    assert protocol.window(148, 4, 12, 0, 4, first=0) == (3, 49)  # where the last given frame is scored
+    assert protocol.window(19, 3, 10, 0.1, 0.3) == (4, 2)
     for start, stop in ((8, 12.2), (3, 3), (0, 0.05)):
         with pytest.raises(UserError, match="seconds|window"):
             protocol.window(148, 4, 12, start, stop)

@@ -18,12 +18,14 @@ from data_pipeline.clips import read_scene
 from data_pipeline.nuscenes.reader import open_nuscenes
 from data_pipeline.records import read_index
 from mila_jax import cli, generate, rollout_program, start
+from mila_jax import scores as scores_module
 from mila_jax.choose_model import find_guide, load_chosen, signature, with_guide
+from mila_jax.config import load_config
 from mila_jax.decode import deciding, deciding_window
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import read_video
 from mila_jax.flow.rollout import collect
-from mila_jax.generate_command import read_generated, writable_folder
+from mila_jax.generate_command import otherwise_than_trained, read_generated, writable_folder
 from mila_jax.model.autoencoder_weights import Codec
 from mila_jax.model.weights import SHIPPED, SHIPPED_GUIDE, load_model, save_model
 from mila_jax.parallel.logical import mesh_axes
@@ -529,10 +531,12 @@ def test_data_of_another_kind_is_noticed(trained, tmp_path):
 
 def test_evaluate_prints_scores(trained, tmp_path, capsys, monkeypatch):
     config, _ = trained
-    data = [f"--config.data.dir={config.data.dir}", f"--config.data.nuscenes={config.data.nuscenes}", "--config.data.image_size=(32, 48)"]
+    data = [f"--config.data.dir={config.data.dir}", f"--config.data.nuscenes={config.data.nuscenes}"]
+    sizes, held_out = [], scores_module.held_out_images
+    monkeypatch.setattr(scores_module, "held_out_images", lambda root, version, size: sizes.append(tuple(size)) or held_out(root, version, size))
     assert run(config, "evaluate", *data, "--clips=1", "--seconds=0.5", f"--out={tmp_path}/scores.json") == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert json.loads(capsys.readouterr().out) == scores
+    assert json.loads(capsys.readouterr().out) == scores and sizes == [(32, 48)]  # the model's, whatever the config says
     assert [row["views"] for row in scores["distances"]] == ["multi", "front"]
     assert scores["distances"][0]["FD-EffNetLite0"] > 0 and np.isfinite(scores["reconstruction_psnr_db"])
     (tmp_path / "file").write_text("")
@@ -592,6 +596,13 @@ def config_with(config, autoencoder):
     config = config.copy_and_resolve_references()
     config.autoencoder.path = str(autoencoder)
     return config
+
+
+def test_noise_other_than_trained_is_told():
+    config, model = load_config("configs/tiny.py"), load_model(SHIPPED)
+    assert otherwise_than_trained(model, config) == []
+    config.window.tpd_strength = 0.25
+    assert otherwise_than_trained(model, config) == [f"window.tpd_strength=0.25, the model was trained with {model.config.window.tpd_strength}"]
 
 
 def test_unknown_keys_and_commands(capsys, tmp_path):

@@ -42,6 +42,7 @@ def test_frames_that_must_be_left(val, frames, count):
 def test_the_600_are_four_of_each_scene_and_part_of_the_5369(val):
     many, few = ({(c.scene, c.start) for c in presets.list_clips(presets.PRESETS[n], val)[0]} for n in ("mila-5369", "mila-600"))
     assert few < many
+    assert [presets.PRESETS[n].conditioning for n in ("mila-5369", "mila-5369-4f", "mila-600")] == [1, 4, 4]  # the paper's table 1
     assert set(np.unique([s for s, _ in few], return_counts=True)[1]) == {4}
 
 

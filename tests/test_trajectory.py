@@ -7,7 +7,8 @@ import pytest
 
 from mila_jax.errors import UserError
 from mila_jax.geometry import yaw_quaternion
-from mila_jax.trajectory import Trajectory, check_driveable, coasting, from_poses, manoeuvre, read_trajectory
+from mila_jax.start import choose_trajectory
+from mila_jax.trajectory import Trajectory, check_driveable, coasting, from_poses, manoeuvre, read_trajectory, speed_at_start
 
 
 def test_waypoints_are_in_the_frame_of_the_reference():
@@ -23,9 +24,23 @@ def test_waypoints_are_in_the_frame_of_the_reference():
 
 def test_goes_on_beyond_its_ends_and_turns_through_pi():
     line = Trajectory(np.array([0.0, 1.0]), np.array([[0, 0, 3.1], [2, 0, -3.1]]))
-    np.testing.assert_allclose(line.at(2.0)[:2], [4, 0])
+    turned = 2 * np.pi - 6.2  # in a step, and so in the next
+    np.testing.assert_allclose(line.at(2.0), [2 + 2 * np.cos(turned), 2 * np.sin(turned), 3.1 + 2 * turned])
+    straight = Trajectory(np.array([0.0, 1.0]), np.array([[0, 0, 0.5], [2, 1, 0.5]]))
+    np.testing.assert_allclose(straight.at([-1.0, 3.0]), [[-2, -1, 0.5], [6, 3, 0.5]], atol=1e-9)
     assert abs(line.at(0.5)[2]) > 3  # through ±π, not through 0
     assert abs(line.waypoints(np.array([1.0]), np.array(0.0))[0, 2] - (2 * np.pi - 6.2)) < 1e-6
+
+
+@pytest.mark.parametrize("rate", [0.5, -0.4])
+def test_a_curve_goes_on_as_a_circle_that_the_car_heads_along(rate):
+    """Beyond both ends, not only the heading: nobody drives sideways."""
+
+    def circle(t):
+        return np.stack([5 / rate * np.sin(rate * t), 5 / rate * (1 - np.cos(rate * t)), rate * t], -1)
+
+    times, beyond = np.arange(-0.25, 1.0, 1 / 12), np.array([-2.0, -0.3, 1.2, 4.0, 15.0])
+    np.testing.assert_allclose(Trajectory(times, circle(times)).at(beyond), circle(beyond), atol=1e-6)
 
 
 @pytest.mark.parametrize("name, turn, forward", [("straight", 0, 64), ("left", np.pi / 2, None), ("right", -np.pi / 2, None), ("stop", 0, 16)])
@@ -105,3 +120,27 @@ def test_coasting_knows_nothing_of_the_future():
     ahead = coasting(turning)
     np.testing.assert_allclose(ahead.at(4.0), [32, 0, 0], atol=0.1)
     assert np.abs(turning.at(4.0) - ahead.at(4.0)).max() > 1
+
+
+def test_coasting_out_of_a_curve_is_straight_ahead():
+    """A car in a circle of 10 m at 5 m/s: from time 0 on along its heading, before it as it drove."""
+    times = np.arange(-2, 3, 1 / 48)
+    circle = Trajectory(times, np.stack([10 * np.sin(times / 2), 10 * (1 - np.cos(times / 2)), times / 2], -1))
+    ahead = coasting(circle)
+    speed = speed_at_start(circle)
+    assert speed == pytest.approx(5, abs=0.02)
+    np.testing.assert_allclose(ahead.at([0.5, 3.0, 60.0]), [[0.5 * speed, 0, 0], [3 * speed, 0, 0], [60 * speed, 0, 0]], atol=1e-9)
+    np.testing.assert_allclose(ahead.at([-1.0, -0.1, 0.0]), circle.at([-1.0, -0.1, 0.0]), atol=1e-9)
+
+
+def test_what_was_recorded_is_not_made_up():
+    """A manoeuvre, or a file, that starts from a recorded scene: up to time 0 the car stood."""
+    times = np.arange(-1, 2, 1 / 12)
+    standing = Trajectory(times - times[12], np.zeros((len(times), 3)))
+    chosen = choose_trajectory("left", standing, 5.0, 6.0)
+    np.testing.assert_allclose(chosen.at([-0.25, -0.1, 0.0]), 0, atol=1e-9)
+    assert chosen.at(0.5)[0] == pytest.approx(manoeuvre("left", 15.0, 6.0).at(0.5)[0])
+    assert np.abs(choose_trajectory("straight", standing, 5.0, None).at(5.0)).max() == 0  # at the recorded speed
+    driving = Trajectory(times - times[12], (times - times[12])[:, None] * [[11.0, 0, 0]])
+    np.testing.assert_allclose(choose_trajectory("straight", driving, 5.0, None).at([-0.25, 5.0])[:, 0], [-2.75, 55], atol=0.3)
+    np.testing.assert_allclose(choose_trajectory("straight", None, 5.0, None).at([-0.25, 5.0])[:, 0], [-2, 40], atol=0.3)

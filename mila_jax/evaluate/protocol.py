@@ -63,15 +63,16 @@ class Card:
 
 
 def window(frames: int, given: int, fps: float, start: float, stop: float, first: int | None = None) -> tuple[int, int]:
-    """First frame and number of frames of a clip that "`start` to `stop` seconds" means: start <= t < stop seconds after the last given frame.
+    """First frame and number of frames of a clip that "`start` to `stop` seconds" means: start < t <= stop seconds after the last given frame.
 
-    frames: of the clip, the given ones included; first: the first frame that the protocol scores, None for the first generated one (a given
-    frame is inside where the protocol scores it and its time is). Raises `UserError` for a window that ends after the clip or holds no frame.
+    frames: of the clip, the given ones included; first: the first frame that the protocol scores, None for the first generated one (where it scores
+    the last given frame, at 0 s, a window from 0 on holds that as well). Raises `UserError` for a window that ends after the clip or holds no frame.
     """
     numbers = np.arange(frames)
     times = (numbers - (given - 1)) / fps
     # A rounding error of 1/fps must not move a frame over an edge.
-    inside = np.flatnonzero((numbers >= (given if first is None else first)) & (times >= start - 1e-6) & (times < stop - 1e-6))
+    later = times > (start + 1e-6 if start > 0 else -1e-6)
+    inside = np.flatnonzero((numbers >= (given if first is None else first)) & later & (times <= stop + 1e-6))
     end = (frames - given + 1) / fps
     if not len(inside) or stop > end + 1e-6:
         raise UserError(

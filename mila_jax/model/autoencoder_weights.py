@@ -216,6 +216,7 @@ class Codec:
     chunk: int
     _encode: Callable  # (params, uint8 [chunk, H, W, 3]) -> [chunk, h, w, c]
     _decode: Callable  # (params, float32 [chunk, h, w, c]) -> uint8 [chunk, H, W, 3]
+    devices: int = 1  # that share a chunk: what goes through together is the next multiple of their number
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) for images of this size; UserError when it does not divide."""
@@ -231,10 +232,10 @@ class Codec:
         return self._in_chunks(self._decode, np.asarray(latents, np.float32))
 
     def _in_chunks(self, function: Callable, items: np.ndarray) -> np.ndarray:
-        outputs = []
-        for start in range(0, max(len(items), 1), self.chunk):
-            part = items[start : start + self.chunk]
-            padding = np.zeros((self.chunk - len(part), *items.shape[1:]), items.dtype)
+        outputs, chunk = [], -(-self.chunk // self.devices) * self.devices
+        for start in range(0, max(len(items), 1), chunk):
+            part = items[start : start + chunk]
+            padding = np.zeros((chunk - len(part), *items.shape[1:]), items.dtype)
             outputs.append(np.asarray(function(self.params, np.concatenate([part, padding])))[: len(part)])
         return np.concatenate(outputs)
 
@@ -272,4 +273,4 @@ def make_codec(path, chunk: int = 24) -> Codec:
     def put(function):  # one process of several may not hand arrays of the host to a program that splits them
         return lambda params, items: function(params, jax.device_put(items, split))
 
-    return Codec(config, params, shift, scale, file_sha256(path), chunk, put(encode), put(decode))
+    return Codec(config, params, shift, scale, file_sha256(path), chunk, put(encode), put(decode), mesh.size)

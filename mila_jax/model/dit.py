@@ -41,6 +41,7 @@ class DiTConfig:
     out_channels: int = 4  # of the velocity
     sweep: int = 0  # of the in_channels, corridors of a preconditioned network (mila_jax/model/precondition.py),
     evidence: bool = False  # and whether which of them is right is told (mila_jax/model/evidence.py)
+    mixture: int = 0  # guesses of the sweep that it weighs at each place, in outputs of their own behind the others
     text_width: int = 4096
     text_length: int = 300
     mlp_ratio: float = 4.0
@@ -205,11 +206,12 @@ class DiT(nnx.Module):
         self.pairs = make(rngs.split(config.depth))
         self.final_table = parameter(rngs, (2, d), normal(d**-0.5), (None, "embed"))
         self.final = Linear(d, patch * outputs, ("embed", None), rngs=rngs)
+        self.final_mixture = Linear(d, patch * config.mixture, ("embed", None), rngs=rngs, init=zeros) if config.mixture else None
 
     def __call__(self, x, timesteps, conditions: Conditions):
         """x [b, v, t, h, w, c], timesteps [b, v, t] in 0..1000 (0 = clean frame) → [b, v, t, h, w, out] float32.
 
-        `out` is out_channels, or twice that with pred_sigma. Frames, rows and columns are zero-padded up to the patch size
+        `out` is out_channels, or twice that with pred_sigma, and `mixture` more. Frames, rows and columns are zero-padded up to the patch size
         and cropped afterwards; with a temporal patch, a token takes the timestep of its first frame.
         """
         cfg = self.config
@@ -259,6 +261,7 @@ class DiT(nnx.Module):
         scale = (self.final_table[1] + time)[..., None, :]
         x = layer_norm(x).astype(jnp.float32) * (1 + scale) + shift
         x = constrain(x.astype(dtype), *STREAM_SPATIAL)
-        x = constrain(self.final(x), *STREAM_SPATIAL).astype(jnp.float32)
-        x = rearrange(x, "b t v (h w) (pt ph pw c) -> b v (t pt) (h ph) (w pw) c", h=rows, w=columns, pt=pt, ph=ph, pw=pw)
-        return x[:, :, :t, :h, :w]
+        heads = [self.final(x)] if self.final_mixture is None else [self.final(x), self.final_mixture(x)]
+        heads = [constrain(y, *STREAM_SPATIAL).astype(jnp.float32) for y in heads]
+        heads = [rearrange(y, "b t v (h w) (pt ph pw c) -> b v (t pt) (h ph) (w pw) c", h=rows, w=columns, pt=pt, ph=ph, pw=pw) for y in heads]
+        return jnp.concatenate(heads, -1)[:, :, :t, :h, :w]

@@ -18,6 +18,7 @@ def can_grow(small: DiTConfig, large: DiTConfig) -> bool:
     same = all(getattr(small, key) == getattr(large, key) for key in sizes)
     # Corridors come before what evidence adds, so that they can be added only while there is none.
     same &= small.sweep == large.sweep and large.evidence if small.evidence else small.sweep <= large.sweep
+    same &= small.mixture in (0, large.mixture)
     return same and small.depth <= large.depth and small.in_channels <= large.in_channels
 
 
@@ -28,6 +29,8 @@ def grow(arrays: dict, small: DiTConfig, large: DiTConfig, fresh: nnx.State) -> 
         kernel = arrays["patch.kernel"]
         more = (large.in_channels - small.in_channels) * small.patch[0] * small.patch[1] * small.patch[2]
         grown["patch.kernel"] = jnp.concatenate([kernel, jnp.zeros((more, kernel.shape[1]), kernel.dtype)])
+    if large.mixture > small.mixture:
+        grown |= {f"final_mixture.{name}": value[...] for name, value in fresh["final_mixture"].items()}  # which start at zero
     if large.depth > small.depth:
         for path, value in nnx.to_flat_state(fresh):
             name = ".".join(map(str, path))

@@ -1,11 +1,12 @@
 """From a config and parameters to `velocity(latents, levels, conditions)`, the network as `mila_jax.flow` sees it."""
 
+import jax.numpy as jnp
 from flax import nnx
 
 from mila_jax.errors import UserError
 from mila_jax.model.dit import DiT, DiTConfig
 from mila_jax.model.motion import CORRIDORS
-from mila_jax.model.precondition import Prior, input_channels, preconditioned
+from mila_jax.model.precondition import Prior, input_channels, mixture_size, preconditioned
 
 PRECONDITIONS = ("none", "motion")
 
@@ -24,10 +25,14 @@ def dit_config(model, latent_channels: int, image_size, text_width: int, text_le
     motion, evidence = model.precondition == "motion", model.get("evidence", False)
     if motion and evidence and not sweep:
         raise UserError("model.evidence=True needs corridors to choose from; set model.sweep, or model.evidence=False")
+    mixture = model.get("mixture", False)
+    if motion and mixture and not sweep:
+        raise UserError("model.mixture=True needs corridors to weigh; set model.sweep, or model.mixture=False")
     config = DiTConfig(
         width=model.width, depth=model.depth, heads=model.heads, patch=tuple(model.patch),
         in_channels=input_channels(latent_channels, sweep, evidence) if motion else latent_channels, out_channels=latent_channels,
         sweep=sweep if motion else 0, evidence=evidence and motion,
+        mixture=mixture_size(sweep, evidence) if mixture and motion else 0,
         text_width=text_width, text_length=text_length, mlp_ratio=model.mlp_ratio, image_size=tuple(image_size),
         input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
         fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), dtype=model.dtype, remat=model.remat,
@@ -46,8 +51,8 @@ def make_velocity(graphdef, params, config: DiTConfig, prior: Prior | None = Non
 
     def network(latents, levels, conditions):
         out = nnx.merge(graphdef, params)(latents, 1000.0 * levels, conditions)
-        return out[..., : config.out_channels]
+        return jnp.concatenate([out[..., : config.out_channels], out[..., out.shape[-1] - config.mixture :]], -1)
 
     if prior is None:
         return network
-    return preconditioned(network, prior, config.sweep, config.evidence)
+    return preconditioned(network, prior, config.sweep, config.evidence, config.mixture > 0)

@@ -20,6 +20,13 @@ to the noisy ones.
 
 The network sees y and E[x | z] and its output is scaled: v = E[v | z] + sqrt(Var[v | z]) · F. This is Karras et al. 2022's
 preconditioning with a prior over the window in place of a single variance; with K = identity it is theirs for rectified flow.
+With `mixture` the network also gives weights a_k, at each place, of the guesses g_k = E[x_i | z_j, j ≠ i] over the corridors, and the prior's mean of
+the frame moves by Σ_k a_k g_k. What a velocity becomes when the mean moves by d is closed-form, too:
+
+    z_i given the others has variance 1/P_ii, P = M⁻¹, so that E[v | z] moves by σ P_ii d
+
+so a network that knows which corridor is right where need not carry what it shows through its own width.
+
 Levels may differ from frame to frame, so clean frames, TPD and noisy anchors need no special case.
 """
 
@@ -138,16 +145,29 @@ def input_channels(channels: int, sweep: int, evidence: bool) -> int:
     return channels * (2 + sweep) + (channels + 2 * sweep if evidence else 0)
 
 
-def preconditioned(network, prior: Prior, sweep: int = 0, with_evidence: bool = False):
+def mixture_size(sweep: int, evidence: bool) -> int:
+    """Guesses that a network with a mixture weighs: one for each corridor, and with evidence the mixed one."""
+    return sweep + evidence
+
+
+def moved_mean(levels, k):
+    """By how much E[v | z] moves where the prior's mean of a frame, given the others, moves by 1; levels [b, v, t], k [b, v, c, t, t] as in
+    `linear_denoiser` → [b, v, t, c]."""
+    precision = jnp.diagonal(inverse(moments(levels, k)), axis1=-2, axis2=-1)
+    return levels[..., None] * jnp.swapaxes(precision, -1, -2)
+
+
+def preconditioned(network, prior: Prior, sweep: int = 0, with_evidence: bool = False, mixture: bool = False):
     """Wraps `network(x [b, v, t, h, w, input_channels], levels, conditions) -> F` into a velocity function (see the top of this file).
 
-    The network sees the frames, their means, the guesses of the sweep, and with evidence the mixed guess and the misfits.
+    The network sees the frames, their means, the guesses of the sweep, and with evidence the mixed guess and the misfits. With mixture it gives
+    `mixture_size` channels more than F's: a weight for each guess at each place.
 
     The network sees and gives principal components. The prior always knows the waypoints: dropping them (guidance) concerns the
-    network alone. Raises `ValueError` for evidence without corridors.
+    network alone. Raises `ValueError` for evidence or a mixture without corridors.
     """
-    if with_evidence and not sweep:
-        raise ValueError("evidence needs corridors to choose from: sweep is 0")
+    if (with_evidence or mixture) and not sweep:
+        raise ValueError("evidence and mixture need corridors to choose from: sweep is 0")
     basis = jnp.asarray(prior.basis, jnp.float32)
 
     def velocity(latents, levels, conditions):
@@ -169,7 +189,13 @@ def preconditioned(network, prior: Prior, sweep: int = 0, with_evidence: bool = 
         if with_evidence:
             seen += jax.lax.stop_gradient(evidence(guesses, x, levels, conditions.frame_times, places))
         f = network(jnp.concatenate(seen, -1), levels, conditions)
-        return jnp.matmul(v + std[:, :, :, None, None] * f, basis.T, precision=EXACT)
+        channels = y.shape[-1]
+        v = v + std[:, :, :, None, None] * f[..., :channels]
+        if mixture:
+            guesses += seen[2 + sweep : 3 + sweep] if with_evidence else []
+            moved = sum(f[..., channels + i, None] * guess for i, guess in enumerate(guesses))
+            v = v + jax.lax.stop_gradient(moved_mean(levels, k))[:, :, :, None, None] * moved
+        return jnp.matmul(v, basis.T, precision=EXACT)
 
     return velocity
 

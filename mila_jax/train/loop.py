@@ -347,7 +347,7 @@ def _check_same_run(folder, beside_checkpoint: dict | None, config, now: dict) -
     if not path.exists() and not beside_checkpoint:
         return
     before = json.loads(path.read_text()) if path.exists() else beside_checkpoint
-    absent = {"model.evidence": False, "window.inner_anchors": False}  # settings that older runs do not name, and what they were
+    absent = {"model.evidence": False, "model.mixture": False, "window.inner_anchors": False}  # settings that older runs do not name, and what they were
     different = [
         name for part in ("model", "window", "data_description") for key in now[part]
         if before.get(part, {}).get(key, absent.get(name := f"{part}.{key}")) != now[part][key]

@@ -127,12 +127,13 @@ class Trainer:
             self._check_start(start.data)
             given = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(start.params)}
             fresh = create(self.dit, self.config.seed)[1]
-            seen = [(dit.sweep, dit.evidence) for dit in (start.dit, self.dit)]
+            seen = [(dit.sweep, dit.evidence, dit.mixture > 0) for dit in (start.dit, self.dit)]
             grows = can_grow(start.dit, self.dit)
             if seen[0] != seen[1] and not grows:
                 raise UserError(
-                    f"{source} has model.sweep={seen[0][0]}, model.evidence={seen[0][1]}, which cannot go on with {seen[1][0]} and {seen[1][1]}: "
-                    "corridors can be added where there is no evidence yet, evidence where there is none, and nothing taken away"
+                    f"{source} has model.sweep={seen[0][0]}, model.evidence={seen[0][1]}, model.mixture={seen[0][2]}, which cannot go on with "
+                    f"{', '.join(map(str, seen[1]))}: corridors can be added where there is neither evidence nor a mixture yet, evidence where there is "
+                    "neither, a mixture where there is none, and nothing taken away"
                 )
             params = merge_parameters(fresh, grow(given, start.dit, self.dit, fresh) if grows else given, source=source)
         if params is not None:

@@ -54,7 +54,7 @@ def matmuls(dit: DiTConfig, sizes: Sizes) -> list[Matmul]:
     tokens, places = sizes.tokens, b * v * frames
     rows, text = places * tokens, b * dit.text_length
     patch = math.prod(dit.patch)
-    outputs = dit.out_channels * (2 if dit.pred_sigma else 1)
+    outputs = dit.out_channels * (2 if dit.pred_sigma else 1) + dit.mixture
     features = 2 * dit.fourier_bands + 1
     out = [Matmul("patch", rows, dit.in_channels * patch, d, 1, 1)]
     out += _mlp("time", places, 256, d, d, first=1) + _mlp("fps", b, 256, d, d, first=1) + [Matmul("modulation", places, d, 6 * d)]
