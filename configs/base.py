@@ -1,7 +1,7 @@
 """0.31 B parameters for a slice of 16 chips: width 768, 16 pairs of blocks, 6 heads of 128, 256×448 pixels, windows of 4 + 12 frames.
 
 Command: `mila train --config=configs/base.py --config.data.dir=DIR --config.train.dir=DIR`. 16 chips of TPU v5e, v5p or v6e, one sample
-each. FLOPs per step: 87 TF a sample without recomputation, 1.4 PF for the batch of 16. Memory per chip and speed: not measured.
+each. FLOPs per step: 86 TF a sample without recomputation, 1.4 PF for the batch of 16. Memory per chip and speed: not measured.
 """
 
 from configs import default

@@ -153,7 +153,7 @@ def _run(options, config) -> int:
         from mila_jax.prepare import prepare
 
         if options.part is None and options.beam is None:  # each machine of a slice then has a part of its own
-            start(config.distributed.initialize)
+            start(config.distributed.initialize, shutdown=86_400)  # whose part is small waits for the others before it may end
         missing = prepare(config, progress=progress, part=options.part, beam=options.beam)
         print(f"{len(missing)} scenes are left to other parts, from {missing[0]} on" if missing else config.data.dir)
     elif options.command == "train":

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs one `mila` command on all workers of a pod slice (or of a single TPU VM), through queued resources, and keeps it going.
+# Runs `mila train` or `mila prepare` on all workers of a pod slice as one (any command on a single TPU VM), through queued resources, and
+# keeps it going.
 #   bash scripts/tpu_pod.sh run NAME --type=v5p-128 --spot [options] -- train --config=configs/xl128.py \
 #     --config.data.dir=gs://BUCKET/latents --config.train.dir=gs://BUCKET/run
 # run     asks for the slice NAME unless it is there, waits until it is ACTIVE, copies the commit that is checked out here to every
@@ -50,6 +51,14 @@ look() {
   fi
   if [ "$state" != "${shown:-}" ]; then say "$(date -u +%FT%TZ) $name is $state"; fi
   shown="$state"
+}
+
+# Any other command knows nothing of the other workers: each would do all of the work by itself, and all write to one place.
+need_command_for_all() {
+  case "${mila[0]}" in train|prepare) return ;; esac
+  if several_workers; then
+    fail "mila ${mila[0]} is for one worker, only train and prepare work on several together; use scripts/tpu_vm.sh, or pass a --type with one worker"
+  fi
 }
 
 create() {
@@ -164,6 +173,7 @@ is_number "$one_worker" || fail "--worker takes a number, not '$one_worker'"
 case "$command" in
   run|start|watch)
     need_command
+    need_command_for_all
     train_as_one
     warn_of_local_runs
     ;;

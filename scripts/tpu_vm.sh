@@ -44,7 +44,7 @@ describe() { run gcloud compute tpus tpu-vm describe "$name" "--project=$project
 
 check_type() {
   find_runtime
-  if is_number "${type##*-}" && [ "${type##*-}" -gt 8 ]; then fail "$type has several workers; use scripts/tpu_pod.sh"; fi
+  if several_workers; then fail "$type has several workers; use scripts/tpu_pod.sh"; fi
 }
 
 create() {

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from mila_jax import cli
 from mila_jax.errors import UserError
 from mila_jax.parallel import distributed
 from mila_jax.parallel.mesh import batch_sharding, make_mesh, own_rows
@@ -35,8 +36,16 @@ def test_variables_name_the_place(calls, monkeypatch):
     explicit(monkeypatch)
     distributed.start("never")
     assert calls == []
-    distributed.start(timeout=7)
-    assert calls == [dict(coordinator_address="host:1", process_id=1, num_processes=2, initialization_timeout=7, shutdown_timeout_seconds=60)]
+    distributed.start(timeout=7, shutdown=9)
+    assert calls == [dict(coordinator_address="host:1", process_id=1, num_processes=2, initialization_timeout=7, shutdown_timeout_seconds=9)]
+
+
+def test_parts_of_an_encoding_job_wait_for_each_other_for_hours(calls, monkeypatch):
+    """JAX lets no process end before the others, and kills those that are still at work when its time is up."""
+    explicit(monkeypatch)
+    monkeypatch.setattr("mila_jax.prepare.prepare", lambda *args, **kwargs: [])
+    assert cli.main(["prepare", "--quiet"]) == 0
+    assert [call["shutdown_timeout_seconds"] for call in calls] == [24 * 3600]
 
 
 def test_a_pod_worker_that_finds_itself_alone_ends(calls, monkeypatch):

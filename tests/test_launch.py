@@ -224,7 +224,7 @@ def test_dry_run_of_the_small_commands(asked, expected, repository, tools):
 
 def test_what_is_strange_stays_quoted_through_both_shells(repository, tools):
     arguments = ["generate", '--text=it\'s "wet" $HOME; rm *', "--out=my runs/a\tb", "", "--frames=ü"]
-    for script, type_ in (("tpu_vm.sh", "v6e-1"), ("tpu_pod.sh", "v6e-16")):
+    for script, type_ in (("tpu_vm.sh", "v6e-1"), ("tpu_pod.sh", "v6e-8")):
         done = launch(repository, script, "start", "n", f"--type={type_}", "--dry-run", "--", *arguments, path=tools)
         command = next(w for w in shlex.split(done.stdout) if w.startswith("--command=")).removeprefix("--command=")
         assert shlex.split(command) == ["bash", "tpu_worker.sh", "start", "--tries=5", "--", *arguments]
@@ -233,6 +233,12 @@ def test_what_is_strange_stays_quoted_through_both_shells(repository, tools):
     assert shlex.split(command)[-len(arguments) :] == arguments
     done = launch(repository, "tpu_vm.sh", "fetch", "n", "--to=it's here", "--dry-run", path=tools)
     assert shlex.split(done.stdout.splitlines()[0]) == ["mkdir", "-p", "it's here"]
+
+
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_a_pod_takes_what_its_workers_do_together(command, repository, tools):
+    done = launch(repository, "tpu_pod.sh", "start", "n", "--type=v6e-16", "--dry-run", "--", command, "--config.train.dir=gs://b/r", path=tools)
+    assert done.returncode == 0 and f"start --tries=5 -- {command} " in done.stdout, done.stderr
 
 
 MISTAKES = [
@@ -251,6 +257,9 @@ MISTAKES = [
     ("tpu_vm.sh", ["run", "n", "--cluster=c", "--", "demo"], "unknown option --cluster"),
     ("tpu_pod.sh", ["run", "n", "--type=tpu7x-128", "--", "train"], "use scripts/tpu_multislice.sh"),
     ("tpu_pod.sh", ["run", "n", "--type=v5p-64", "--poll=soon", "--", "train"], "--poll takes seconds"),
+    ("tpu_pod.sh", ["run", "n", "--type=v6e-16", "--", "generate", "--out=o"], "mila generate is for one worker, only train and prepare"),
+    ("tpu_pod.sh", ["watch", "n", "--type=v5p-16", "--", "mila", "evaluate"], "use scripts/tpu_vm.sh"),
+    ("tpu_pod.sh", ["start", "n", "--", "demo"], "use scripts/tpu_vm.sh, or pass a --type with one worker"),
     ("tpu_pod.sh", ["logs", "n", "--worker=all"], "--worker takes a number"),
     ("tpu_multislice.sh", ["create", "w", "--type=v5p-256", "--", "train"], "no cluster"),
     ("tpu_multislice.sh", ["create", "w", "--cluster=c", "--", "train"], "no TPU type"),

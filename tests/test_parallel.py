@@ -1,5 +1,6 @@
 """Mesh sizes and logical rules."""
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -8,12 +9,14 @@ import sys
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from mila_jax.config import load_config
 from mila_jax.errors import UserError
+from mila_jax.parallel.aot.sizes import plan_sizes
 from mila_jax.parallel.aot.sweep import changed, parse_sweep
 from mila_jax.parallel.logical import AXES, constrain, rules_from_config, rules_of, spec, use_rules
-from mila_jax.parallel.mesh import check_divides, make_mesh
+from mila_jax.parallel.mesh import check_accumulation, check_divides, make_mesh
 from mila_jax.parallel.placement import arrange
 from tests.tpu_compiler import ROOT, TPU_ENVIRONMENT
 
@@ -67,6 +70,25 @@ def test_divisibility_names_the_key(mode, sizes, key):
             check()
     with use_rules(**rules_of("heads")):
         check(tokens=7)  # only the mode `context` splits places
+
+
+@pytest.mark.parametrize("rule, names", [
+    ("data", None), (None, None), (("data", "fsdp"), "train.accumulate·mesh.data·mesh.fsdp=32"),
+    (("data", "context"), "train.accumulate·mesh.data·mesh.context=16"),
+])  # fmt: skip
+def test_parts_of_a_batch_are_counted_where_the_rules_split_it(rule, names):
+    class Mesh:
+        shape = {"data": 2, "fsdp": 8, "context": 4, "tensor": 1}
+
+    with use_rules(batch=rule), contextlib.nullcontext() if names is None else pytest.raises(UserError, match=f"train.batch=4 is not .* of {names};"):
+        check_accumulation(ConfigDict(dict(batch=4, accumulate=2)), Mesh)
+
+
+def test_a_plan_splits_the_batch_as_the_rules_say():
+    change = ["--config.mesh.fsdp=8", "--config.mesh.data=1", "--config.train.batch=4"]
+    assert plan_sizes(load_config("configs/tiny.py", [*change, "--config.mesh.rules.batch=data"]), 8, "train").batch == 4
+    with pytest.raises(UserError, match="mesh.data·mesh.fsdp=8"):
+        plan_sizes(load_config("configs/tiny.py", change), 8, "train")
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,14 @@ def test_full_size_flops_are_known():
     assert flops.model_flops(plan_sizes(config, 1, "train")) / 3 == pytest.approx(185.4e12, rel=0.003)
 
 
+@pytest.mark.parametrize("name, devices", [("small", 8), ("base", 16), ("xl", 64), ("xl128", 64), ("v6e", 64)])
+def test_the_flops_that_a_config_tells_are_those_of_its_model(name, devices):
+    told = re.search(r"([\d.]+) TF a sample", pathlib.Path(f"configs/{name}.py").read_text())[1]
+    config = load_config(f"configs/{name}.py")
+    found = flops.model_flops(plan_sizes(config, devices, "train")) / config.train.batch / 1e12
+    assert f"{found:.{len(told.partition('.')[2])}f}" == told
+
+
 @pytest.mark.parametrize("name, match", [
     ("v5q:4x4", "unknown chip 'v5q'"), ("v5p", "not CHIP"), ("v5p:4x4", "3 dimensions"), ("v5e:4x4x4", "2 dimensions"), ("v5e:0x4", "at least 1"), ("0xv5e:4x4", "one slice"),
 ])  # fmt: skip

@@ -1,5 +1,7 @@
 """A run whose folder is a bucket (fsspec's in memory) goes on on another machine, and outlives a bucket that does not answer for a while."""
 
+import json
+
 import fsspec
 import numpy as np
 import pytest
@@ -59,6 +61,63 @@ def test_a_bucket_that_does_not_answer_is_told_once_and_tried_again(bucket, monk
     monkeypatch.setattr(type(bucket), "pipe_file", put)
     folder.finish()
     assert bucket.cat_file("/bucket/run/metrics.jsonl") == b"one\n"
+
+
+def start_of(address, began, picture=None):
+    """A start of the run that began at `began`, as far as its folder goes, and after its last copy maybe a picture."""
+    folder = RunFolder(address)
+    folder.fetch()
+    (folder.path / "config.json").write_text("{}")
+    (folder.path / "goodput.jsonl").write_text(json.dumps({"began": began}) + "\n")
+    folder.finish()
+    if picture:
+        (folder.path / "pictures").mkdir(exist_ok=True)
+        (folder.path / "pictures" / picture).write_bytes(b"a")
+    return folder
+
+
+def test_what_a_killed_start_had_not_copied_goes_up_later(bucket):
+    start_of("memory://bucket/run", 1.0, "a.png")
+    assert not bucket.exists("/bucket/run/pictures/a.png")
+    start_of("memory://bucket/run", 1.0)
+    assert bucket.cat_file("/bucket/run/pictures/a.png") == b"a"
+
+
+def test_what_another_run_left_stays_out_of_the_bucket(bucket):
+    """The one before was deleted; then this machine starts the next, or goes on with one that another machine has started."""
+    old = start_of("memory://bucket/run", 1.0, "old.png")
+    bucket.rm("/bucket/run", recursive=True)
+    start_of("memory://bucket/run", 2.0)
+    assert not (old.path / "pictures").exists() and not bucket.exists("/bucket/run/pictures")
+    start_of("memory://bucket/run", 2.0, "old.png")
+    bucket.rm("/bucket/run", recursive=True)
+    bucket.machine("second")
+    start_of("memory://bucket/run", 3.0)
+    bucket.machine("first")
+    folder = start_of("memory://bucket/run", 3.0)
+    assert not (folder.path / "pictures").exists() and not bucket.exists("/bucket/run/pictures")
+
+
+def test_a_bucket_that_cannot_be_read_costs_nothing_that_lies_here(bucket, monkeypatch):
+    folder = start_of("memory://bucket/run", 1.0, "a.png")
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "denied")
+
+    monkeypatch.setattr(type(bucket), "cat_file", denied)
+    with pytest.raises(UserError, match="denied"):
+        RunFolder("memory://bucket/run").fetch()
+    assert (folder.path / "config.json").exists() and (folder.path / "pictures" / "a.png").exists()
+
+
+def test_a_file_that_vanishes_is_no_failure(bucket, monkeypatch):
+    folder = RunFolder("memory://bucket/run")
+    folder.fetch()
+    (folder.path / "metrics.jsonl").write_text("one\n")
+    listed = folder._files
+    monkeypatch.setattr(folder, "_files", lambda: ["gone", *listed()])
+    folder.finish()
+    assert [name.rpartition("/")[2] for name in bucket.find("/bucket/run")] == ["metrics.jsonl"]
 
 
 def test_a_run_goes_on_on_another_machine(small_config, bucket, tmp_path):

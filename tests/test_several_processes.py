@@ -143,3 +143,14 @@ def test_a_notice_during_start_up_is_not_lost(two, make_sharded):
     ends = [finish(p) for p in start_two(file, "HOOK=early_notice")]
     assert [code for code, _ in ends] == [75, 75], ends[0][1][-1500:] + ends[1][1][-1500:]
     assert Checkpoints(config.train.dir).latest() == STEPS
+
+
+def test_a_checkpoint_that_one_process_cannot_read_ends_both_and_stays(two, make_sharded):
+    config, file = make_sharded("unreadable", steps=STEPS + 3)
+    shutil.copytree(two[0].train.dir, config.train.dir, dirs_exist_ok=True)
+    before = Checkpoints(config.train.dir).steps()
+    ends = [finish(p) for p in start_two(file, "HOOK=blind")]
+    assert [code for code, _ in ends] == [2, 2], ends[0][1][-1500:] + ends[1][1][-1500:]
+    for (_, err), why in zip(ends, ("its own message says why", "no answer"), strict=True):
+        assert f"{STEPS} cannot be read by process 2 ({why}), by others it can" in err and "Traceback" not in err
+    assert Checkpoints(config.train.dir).steps() == before and STEPS in before

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from mila_jax.errors import UserError
-from mila_jax.model import stdit3_weights
+from mila_jax.model import stdit3_weights, weights
 from mila_jax.model.weights import load_model
 from mila_jax.train import loop, step, trainer as trainer_module
 from mila_jax.train.checkpoint import Checkpoints, laid_out
@@ -67,6 +68,24 @@ def test_resume_is_bit_equal(config, tmp_path):
     assert again.step == 8
 
 
+def test_the_step_of_exported_weights_is_read_without_computing(monkeypatch, tmp_path):
+    """Process 0 looks alone, under the mesh of all: anything that is computed there would wait for the others."""
+
+    def no(*args, **kwargs):
+        raise AssertionError("computed")
+
+    for module, name in ((trainer_module, "load_model"), (weights, "create"), (weights.jnp, "asarray")):
+        monkeypatch.setattr(module, name, no)
+    path = tmp_path / "model.safetensors"
+    exported = lambda: trainer_module.Trainer.exported(types.SimpleNamespace(model_path=path))  # noqa: E731
+    assert exported() is None
+    path.write_bytes(weights.SHIPPED.read_bytes())
+    assert exported() == 2500
+    path.write_bytes(weights.SHIPPED.read_bytes()[:-100])
+    with pytest.raises(UserError, match="model.safetensors is not a readable safetensors file"):
+        exported()
+
+
 def test_profile_holds_the_work_of_its_steps(monkeypatch, tmp_path):
     """Steps are started long before the device has done them: the recording waits for it at both ends."""
     calls = []
@@ -77,6 +96,22 @@ def test_profile_holds_the_work_of_its_steps(monkeypatch, tmp_path):
         for number in range(1, 8):
             profile.at(number, f"after {number - 1}")
     assert calls == ["after 2", "start", "after 4", "stop"]
+
+
+@pytest.mark.parametrize("window, start, recorded", [
+    ((3, 2), 0, [3, 4]), ((3, 2), 2, [4, 5]), ((3, 2), 3, [5, 6]), ((3, 2), 4, []), ((3, 2), 90, []), ((0, 1), 0, [2]), ((0, 1), 2, []), ((3, 0), 0, []),
+])  # fmt: skip
+def test_a_start_after_the_window_records_nothing(monkeypatch, tmp_path, window, start, recorded):
+    """A run that goes on again and again would fill its disk with recordings that nobody asked for."""
+    calls, found = [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with loop._profile(tmp_path, window, start) as profile:
+        for number in range(start + 1, start + 10):
+            profile.at(number, None)
+            if profile.running:
+                found.append(number)
+    assert found == recorded and calls == (["start", "stop"] if recorded else [])
 
 
 def test_loss_falls_on_one_batch(config):

@@ -100,6 +100,18 @@ def early_notice() -> None:
     Checkpoints.restore = hooked
 
 
+def blind() -> None:
+    """The second process can read no checkpoint."""
+    from mila_jax.train import checkpoint
+
+    def no_answer(*args):
+        raise OSError("no answer")
+
+    checkpoint.PAUSES = (0, 0)
+    if os.environ["MILA_PROCESS_ID"] == "1":
+        checkpoint.Checkpoints._restore = no_answer
+
+
 def own_disk() -> None:
     """The folder of checkpoints is another one in each process, under one name."""
     from mila_jax.train.trainer import Trainer
@@ -138,7 +150,8 @@ def _at_step_five(number: int) -> None:
 
 
 HOOKS = {
-    f.__name__: f for f in (small_files, full_disk, broken_batches, slow, early_notice, own_disk, terminate_at_five, interrupt_at_five, kill_at_five)
+    f.__name__: f
+    for f in (small_files, full_disk, broken_batches, slow, early_notice, blind, own_disk, terminate_at_five, interrupt_at_five, kill_at_five)
 }
 
 

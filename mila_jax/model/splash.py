@@ -12,16 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from mila_jax.parallel.aot.chips import chip_name
 from mila_jax.parallel.logical import spec
 
 LANES = 128
 RESIDUALS = "attention_residuals"  # name of the kernel's result and softmax statistics, see remat.py
 
-# The largest block of queries and of keys by chip (device_kind). Modelled, by instruction counts of the compiled kernel at 2,688
+# The largest block of queries and of keys by chip (`chip_name`). Modelled, by instruction counts of the compiled kernel at 2,688
 # tokens: 896 instead of 384 makes v5p's forward 1.6 and its backward 1.4 times cheaper; 1,408 no longer fits into VMEM.
-BLOCKS = {"TPU v5 lite": 896, "TPU v5": 896, "TPU v6 lite": 896, "TPU7x": 896}
+BLOCKS = {"v5e": 896, "v5p": 896, "v6e": 896, "tpu7x": 896}
 MOST_KEYS = 2688  # that the backward kernel holds at a time; 5,632 do not fit into VMEM
 OTHER_BLOCK = 512  # chips that the table does not know
+
+
+def largest_block(kind: str) -> int:
+    """The largest block on devices of this kind (`device_kind`)."""
+    return BLOCKS.get(chip_name(kind), OTHER_BLOCK)
 
 
 def device_kind() -> str:
@@ -78,7 +84,7 @@ def attend_splash(q, k, v, axes, kind: str):
 
     kind: the device kind to choose blocks for. Raises `UserError` as `spec` does.
     """
-    local = functools.partial(splash, block=choose_block(q.shape[-3], BLOCKS.get(kind, OTHER_BLOCK)))
+    local = functools.partial(splash, block=choose_block(q.shape[-3], largest_block(kind)))
     if jax.sharding.get_abstract_mesh().empty:
         return local(q, k, v)
     partition = spec(*axes)

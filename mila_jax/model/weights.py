@@ -95,6 +95,12 @@ def read_header(path) -> tuple[ml_collections.ConfigDict, dict]:
     return ml_collections.ConfigDict(json.loads(header["config"])), json.loads(header["data"])
 
 
+def read_card(path) -> dict:
+    """How the weights of the file were made, see `WorldModel`: nothing else is read or computed. Raises `UserError` as `load_model` does."""
+    header, _ = _read(local_file(path), lambda f: None)
+    return json.loads(header["card"])
+
+
 def _read(path: pathlib.Path, take):
     """(header, what `take` makes of the open file)."""
     if not path.exists():

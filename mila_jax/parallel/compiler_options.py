@@ -5,18 +5,20 @@ Only TPUs get any: other compilers refuse options that they do not know.
 
 import jax
 
+from mila_jax.parallel.aot.chips import chip_name
+
 # Matmuls with an operand split over devices may be cut into a ring of small ones that overlap with its exchange. On v5e the compiler
 # does so for whole activations instead of gathering the kernels, which are smaller: modelled on v5e:4x4 (one sample a chip), 15,000
 # permutes a step. No operand reaches this many MiB.
 _NO_RINGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
-# device_kind → options
-OPTIONS = {"TPU v5 lite": _NO_RINGS, "TPU v5": _NO_RINGS, "TPU v6 lite": _NO_RINGS, "TPU7x": _NO_RINGS}
+# chip (`aot.chips.chip_name`) → options
+OPTIONS = {"v5e": _NO_RINGS, "v5p": _NO_RINGS, "v6e": _NO_RINGS, "tpu7x": _NO_RINGS}
 
 
 def compiler_options(kind: str) -> dict[str, str] | None:
     """What `jax.jit(…, compiler_options=…)` takes for programs of devices of this kind (`device_kind`); None where nothing is changed."""
-    return OPTIONS.get(kind)
+    return OPTIONS.get(chip_name(kind))
 
 
 def options_of(shardings) -> dict[str, str] | None:

@@ -70,12 +70,13 @@ def _explicit() -> dict | None:
     return dict(coordinator_address=given[COORDINATOR], process_id=process, num_processes=processes)
 
 
-def start(initialize: str = "auto", *, timeout: int = 300) -> None:
+def start(initialize: str = "auto", *, timeout: int = 300, shutdown: int = 60) -> None:
     """Joins the other processes if there are any; to be called before JAX touches a device. Twice does nothing.
 
     initialize: the config's `distributed.initialize`. `auto`: when MILA_COORDINATOR, MILA_PROCESS_ID and MILA_PROCESS_COUNT are set, or
     on one of several machines of a TPU slice; `always`: also where only JAX can find out (Slurm, GKE); `never`. timeout: seconds to
-    wait for the others. Raises `UserError` when they do not come, or when this machine is one of several but found itself alone.
+    wait for the others here; shutdown: at the end, where JAX lets none go before all are done and kills those that are left when time is up.
+    Raises `UserError` when they do not come, or when this machine is one of several but found itself alone.
     """
     if initialize not in ("auto", "never", "always"):
         raise UserError(f"distributed.initialize={initialize!r} is unknown; use auto, always or never")
@@ -83,7 +84,7 @@ def start(initialize: str = "auto", *, timeout: int = 300) -> None:
     if initialize == "never" or jax.distributed.is_initialized() or (initialize == "auto" and explicit is None and _workers() == 1):
         return
     try:
-        jax.distributed.initialize(**(explicit or {}), initialization_timeout=timeout, shutdown_timeout_seconds=60)
+        jax.distributed.initialize(**(explicit or {}), initialization_timeout=timeout, shutdown_timeout_seconds=shutdown)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -139,6 +140,8 @@ def agree(value: float) -> float:
 
 def everyone(value: float) -> list[float]:
     """The values that the processes have, by process, on all of them."""
+    if jax.process_count() == 1:
+        return [value]
     with _exchange():
         return np.asarray(multihost_utils.process_allgather(np.float32(value))).reshape(-1).tolist()
 

@@ -105,11 +105,11 @@ def check_divides(mesh: Mesh, batch: int, heads: int, width: int, frames: int, t
 
 
 def check_accumulation(train, mesh) -> None:
-    """Raises `UserError` when the batch does not divide into `train.accumulate` parts on every device."""
+    """Raises `UserError` when the batch, split as the rules in force say, does not divide into `train.accumulate` parts on every device."""
     if train.accumulate < 1:
         raise UserError(f"train.accumulate={train.accumulate} must be at least 1")
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if train.batch % (train.accumulate * rows):
-        raise UserError(
-            f"train.batch={train.batch} is not a multiple of train.accumulate·mesh.data·mesh.fsdp={train.accumulate * rows}; change one of them"
-        )
+    axes = mesh_axes("batch")
+    parts = train.accumulate * math.prod(mesh.shape[a] for a in axes)
+    if train.batch % parts:
+        names = "·".join(["train.accumulate", *("mesh." + a for a in axes)])
+        raise UserError(f"train.batch={train.batch} is not a multiple of {names}={parts}; change one of them")

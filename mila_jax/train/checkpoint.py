@@ -7,6 +7,7 @@ the program, there is the newest finished one to go on from.
 
 import contextlib
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from mila_jax.parallel import distributed
 from mila_jax.train.state import Health, TrainState
 
 ITEMS = ("params", "ema", "opt_state")
+PAUSES = (2, 10, 30)  # seconds before one of several processes reads again what it could not read, as the others mostly could
 
 
 class SaveFailed(Exception):
@@ -60,10 +62,10 @@ class Checkpoints:
         return _Manager(self.folder, item_names=(*ITEMS, "meta", "data", "config"), options=options)
 
     def config(self) -> dict | None:
-        """The config beside the newest checkpoint that has a readable one, None if there is none."""
+        """The config beside the newest checkpoint that has a readable one, None if there is none. For one process alone as well."""
         for step in self.steps()[::-1]:
             with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-                return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+                return self._read_json(step, "config")
         return None
 
     def latest(self) -> int | None:
@@ -83,13 +85,10 @@ class Checkpoints:
 
     def set_aside_after(self, step: int) -> None:
         """Renames checkpoints of later steps, which could not be read, to `unreadable-STEP`: they would stand in the way of those to come
-        (of a step up to the newest one's, orbax saves nothing)."""
-        later = [number for number in self.steps() if number > step]
-        if not later:
-            return
+        (of a step up to the newest one's, orbax saves nothing). A meeting of all processes, whatever each of them sees."""
 
         def rename():
-            for number in later:
+            for number in (number for number in self.steps() if number > step):
                 aside = self.folder / f"unreadable-{number}"
                 if aside.exists():
                     aside.rmtree()
@@ -162,21 +161,44 @@ class Checkpoints:
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
         """The state at `step` (newest by default) laid out as `abstract` (`laid_out`).
 
-        A newest checkpoint that cannot be read is told and left out in favour of the one before. Raises `UserError` if there is none, or
-        none of them is of this model.
+        A newest checkpoint that cannot be read is told and left out in favour of the one before. With several processes this is a meeting of
+        all of them, which see the same steps; they leave out only what none of them could read, or they would go on from different steps.
+        Raises `UserError` if there is none, or none of them is of this model, or only some processes could read it.
         """
         steps = self.steps()[::-1] if step is None else [step]
         if not steps:
             raise UserError(f"{self.folder} holds no finished checkpoint; train first")
         reasons = []
         for number in steps:
-            try:
-                return self._restore(abstract, number)
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                reasons.append(f"{number}: {_one_line(error)}")
-                if number != steps[-1]:
-                    print(f"checkpoint {self.folder / str(number)} cannot be read ({_one_line(error)}); taking the one before it", flush=True)
+            state, failure = self._try(abstract, number)
+            outcomes = distributed.everyone(float(failure is not None) + isinstance(failure, UserError))
+            if not any(outcomes):
+                return state
+            if isinstance(failure, UserError):
+                raise failure
+            if not all(outcome == 1 for outcome in outcomes):
+                blind = ", ".join(str(i + 1) for i, outcome in enumerate(outcomes) if outcome)
+                raise UserError(
+                    f"{self.folder / str(number)} cannot be read by process {blind} ({failure or 'its own message says why'}), by others it can; "
+                    "run again, or rename it to go on from the one before"
+                )
+            reasons.append(f"{number}: {failure}")
+            if number != steps[-1]:
+                print(f"checkpoint {self.folder / str(number)} cannot be read ({failure}); taking the one before it", flush=True)
         raise UserError(f"{self.folder} has no checkpoint of this model ({'; '.join(reasons)[:400]}); use its config or another train.dir")
+
+    def _try(self, abstract: TrainState, step: int):
+        """(state, None), or (None, why this process cannot read it): one line, or the `UserError` of a checkpoint of another model."""
+        for pause in (*(PAUSES if jax.process_count() > 1 else ()), None):
+            try:
+                return self._restore(abstract, step), None
+            except UserError as error:
+                return None, error
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                reason = _one_line(error)
+            if pause is not None:
+                time.sleep(pause)
+        return None, reason
 
     def _check_fits(self, abstract: TrainState, step: int) -> None:
         """Raises `UserError` with the names of parameters that the checkpoint lacks, has besides, or has in another shape."""
@@ -192,14 +214,18 @@ class Checkpoints:
 
     def _restore(self, abstract: TrainState, step: int) -> TrainState:
         self._check_fits(abstract, step)
-        items = {name: ocp.args.StandardRestore(getattr(abstract, name)) for name in ITEMS}
-        out = self._manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
-        meta = out["meta"]
+        # Not by the manager, at whose end all processes meet: one that failed would have nobody tell the others, and meet them a step later.
+        out = {
+            name: ocp.StandardCheckpointHandler().restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(getattr(abstract, name)))
+            for name in ITEMS
+        }
+        meta = self._read_json(step, "meta")
         health = Health(np.float32(meta["loss_average"]), np.int32(meta["skipped"]), np.int32(meta["skipped_in_row"]))
         place = lambda value, like: jax.make_array_from_callback((), like.sharding, lambda _: np.asarray(value, like.dtype))  # noqa: E731
-        return TrainState(
-            step=place(meta["step"], abstract.step), health=jax.tree.map(place, health, abstract.health), **{name: out[name] for name in ITEMS}
-        )
+        return TrainState(step=place(meta["step"], abstract.step), health=jax.tree.map(place, health, abstract.health), **out)
+
+    def _read_json(self, step: int, item: str) -> dict:
+        return ocp.JsonCheckpointHandler().restore(self.folder / str(step) / item)
 
     def close(self) -> None:
         """Waits for the save under way and lets go; never raises."""

@@ -8,8 +8,10 @@ writes them to the bucket itself.
 import concurrent.futures
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
+import shutil
 import sys
 
 from data_pipeline.storage import Folder, is_remote
@@ -34,15 +36,26 @@ class RunFolder:
         self._last, self._told = None, False
 
     def fetch(self) -> None:
-        """What another machine left, so that this one goes on with it. Raises `UserError` if the bucket cannot be reached."""
+        """What another machine left, so that this one goes on with it. What an earlier start left here goes up if it is of the same run, and
+        else is deleted. Raises `UserError` if the bucket cannot be reached."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self._remote is None:
             return
+        there = {}
         for name in SMALL:
             with contextlib.suppress(FileNotFoundError):
-                (self.path / name).unlink(missing_ok=True)  # what lies here may be of a run that is no more
-                (self.path / name).write_bytes(self._remote.read(name))
-        self._copied = {name: _state(self.path / name) for name in self._files()}
+                there[name] = self._remote.read(name)
+        if "config.json" not in there or (began := _began(there.get("goodput.jsonl"))) is None or began != _began(self._here("goodput.jsonl")):
+            shutil.rmtree(self.path)
+            self.path.mkdir()
+        for name in SMALL:
+            (self.path / name).unlink(missing_ok=True)
+            if name in there:
+                (self.path / name).write_bytes(there[name])
+        self._copied = {name: _state(self.path / name) for name in there}
+
+    def _here(self, name: str) -> bytes | None:
+        return (self.path / name).read_bytes() if (self.path / name).exists() else None
 
     def push(self) -> None:
         """Starts copying what has changed; returns at once."""
@@ -56,15 +69,20 @@ class RunFolder:
         self._pool.submit(self._copy, quiet=False).result()
 
     def _files(self) -> list[str]:
-        return sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file() and p.suffix not in (".tmp", ".partial"))
+        files = (pathlib.Path(folder, name) for folder, _, names in os.walk(self.path) for name in names)  # which minds no folder that vanishes
+        return sorted(str(p.relative_to(self.path)) for p in files if p.is_file() and p.suffix not in (".tmp", ".partial"))
 
     def _copy(self, quiet: bool = True) -> None:
         for name in self._files():
-            state = _state(self.path / name)
-            if self._copied.get(name) == state:
-                continue
             try:
-                self._remote.write(name, (self.path / name).read_bytes())
+                try:
+                    state = _state(self.path / name)
+                    if self._copied.get(name) == state:
+                        continue
+                    content = (self.path / name).read_bytes()
+                except FileNotFoundError:  # it was some library's for a moment, and is gone since it was listed
+                    continue
+                self._remote.write(name, content)
                 self._copied[name] = state
             except (UserError, OSError) as error:
                 if not quiet:
@@ -79,3 +97,11 @@ class RunFolder:
 def _state(path) -> tuple:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def _began(goodput: bytes | None) -> float | None:
+    """When the run of a `goodput.jsonl` was started first, by which runs of one address can be told apart; None if it does not say."""
+    try:
+        return json.loads((goodput or b"").partition(b"\n")[0])["began"]
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -59,8 +59,8 @@ def train(config, *, progress: bool = True, stop_after: int | None = None, devic
     with contextlib.ExitStack() as open_things:  # closed on an error too, so that saves under way are finished
         open_things.enter_context(jax.set_mesh(trainer.mesh))
         checkpoints = open_things.enter_context(contextlib.closing(Checkpoints(trainer.checkpoints, config.train.keep, config.train.keep_every)))
-        before = checkpoints.config()  # by all processes
-        distributed.on_first("go on in train.dir", lambda: _check_same_run(trainer.folder, before, config, json.loads(identity)))
+        distributed.check_same({f"checkpoints in {checkpoints.folder}": str(checkpoints.steps())})  # from which each sees where to go on
+        distributed.on_first("go on in train.dir", lambda: _check_same_run(trainer.folder, checkpoints.config(), config, json.loads(identity)))
         done = trainer.exported()
         if done is not None and done == checkpoints.latest() and done >= config.train.steps:
             return Outcome(done, True, trainer.model_path)
@@ -223,12 +223,15 @@ class _Run:
         total = distributed.first() and self.goodput.write(step, skipped)
         if total and self.progress:
             print(describe_goodput(total), flush=True)
-        writer.close()
-        if distributed.first():
-            try:
-                self.trainer.run_folder.finish()
-            except UserError as error:
-                print(f"warning: {error}", file=sys.stderr, flush=True)
+
+        def copy():
+            writer.close()  # this too may talk to a server
+            self.trainer.run_folder.finish()
+
+        try:
+            distributed.on_first("copy the files of this run", copy)  # the others wait: who leaves far ahead of the rest ends them
+        except (UserError, OSError) as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
         if why == "notice":
             print(f"told to leave: {'saved' if saved else 'could not save'} step {step}; run again to go on", file=sys.stderr, flush=True)
             return Outcome(step, False, self.trainer.model_path, notice.code if saved else 1)
@@ -286,11 +289,14 @@ class _Log:
 
 
 class _profile(contextlib.AbstractContextManager):
-    """Records the steps of `train.profile` = (first, count) for TensorBoard's profiler; count 0: none."""
+    """Records the steps of `train.profile` = (first, count) for TensorBoard's profiler; count 0: none. A start's first step, which compiles, is
+    not among them: of a window that it falls into, as many steps are recorded after it. A start after the window records nothing."""
 
     def __init__(self, folder, window, start: int):
-        self.folder, self.first, self.last = folder, max(window[0], start + 2), max(window[0], start + 2) + window[1]
-        self.running, self.wanted = False, window[1] > 0
+        first, count = window
+        over = max(first, 2) + count  # the first step after the window of a run that was not interrupted
+        self.folder, self.first, self.last = folder, max(first, start + 2), max(first, start + 2) + count
+        self.running, self.wanted = False, count > 0 and start + 1 < over
 
     def at(self, step: int, state) -> None:
         """To be called before each step. Steps are started ahead of the device: `state`, the last one's, is waited for at both ends."""

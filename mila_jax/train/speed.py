@@ -4,27 +4,15 @@ import dataclasses
 
 import jax
 
-from mila_jax.parallel.aot.chips import CHIPS
+from mila_jax.parallel.aot.chips import CHIPS, chip_name
 from mila_jax.parallel.aot.flops import model_flops
 from mila_jax.parallel.aot.sizes import Sizes
 from mila_jax.views import VIEWS
 
-# What JAX calls the devices → our names.
-_KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-    "TPU v7x": "tpu7x",
-}
-
 
 def peak_flops(device) -> float | None:
     """bf16 FLOP/s of a device, None for kinds whose peak is not in mila_jax/parallel/aot/chips.py (CPUs, GPUs)."""
-    name = _KINDS.get(device.device_kind)
+    name = chip_name(device.device_kind)
     return CHIPS[name].peak if name else None
 
 

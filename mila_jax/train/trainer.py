@@ -19,7 +19,7 @@ from mila_jax.errors import UserError
 from mila_jax.model.grow import can_grow, grow
 from mila_jax.model.precondition import Prior, measure_prior
 from mila_jax.model.stdit3_weights import create
-from mila_jax.model.weights import load_model, merge_parameters, model_config, save_model
+from mila_jax.model.weights import load_model, merge_parameters, model_config, read_card, save_model
 from mila_jax.parallel import distributed
 from mila_jax.parallel.logical import rules_from_config, use_rules, with_rules
 from mila_jax.parallel.mesh import batch_sharding, check_accumulation, check_divides, make_mesh, own_rows, replicated
@@ -58,8 +58,8 @@ class Trainer:
         self.mesh, self.rules = make_mesh(config.mesh, devices), rules_from_config(config)
         with use_rules(**self.rules):
             check_divides(self.mesh, config.train.batch, self.dit.heads, self.dit.width, config.window.frames, self.tokens)
+            check_accumulation(config.train, self.mesh)
             self.batch_sharding = batch_sharding(self.mesh)
-        check_accumulation(config.train, self.mesh)
         self.tx = make_optimizer(config.train)
         self.prior = self._prior()
         self.graphdef, self.parameters = abstract_model(self.dit)
@@ -193,8 +193,9 @@ class Trainer:
 
     def exported(self) -> int | None:
         """The step of the weights that lie there, None if there are none."""
+        # Their header alone: process 0 is by itself here, and under the mesh of all it could compute nothing.
         text = distributed.from_first(
-            "read the weights of this run", lambda: json.dumps(self.model_path.exists() and load_model(self.model_path).card["steps"]).encode()
+            "read the weights of this run", lambda: json.dumps(self.model_path.exists() and read_card(self.model_path)["steps"]).encode()
         )
         return json.loads(text) or None
 

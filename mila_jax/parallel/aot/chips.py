@@ -56,6 +56,24 @@ CHIPS = {
     )
 }
 
+# What JAX calls the devices → our names; by the runtime (or the compiler's topology) it is one or the other.
+_DEVICE_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+}
+
+
+def chip_name(kind: str) -> str | None:
+    """Our name (a key of `CHIPS`) of a JAX device's `device_kind`, None for chips that are not in the table, CPUs and GPUs."""
+    return _DEVICE_KINDS.get(kind)
+
+
 # (constant, source, confidence); printed with the results.
 SOURCES = (
     ("peak", "Google Cloud's TPU pages (v5e, v5p, v6e), tpu7x: half of a chip", "high; v6e and tpu7x medium"),

@@ -129,7 +129,7 @@ def plan_sizes(config, devices: int, step: str) -> Sizes:
             if each is not None:
                 generation_rules(config, each.dit, _Mesh(mesh), samples, config.window.frames, each.tokens, whose)
         return sizes
-    check_accumulation(config.train, _Mesh(mesh))
     with use_rules(**rules_from_config(config)):
+        check_accumulation(config.train, _Mesh(mesh))
         check_divides(_Mesh(mesh), batch, dit.heads, dit.width, config.window.frames, sizes.tokens)
     return sizes
