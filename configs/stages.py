@@ -10,9 +10,9 @@ embeddings stay frozen in stages 2 and 3, how often windows start from one frame
 STAGES = ("stage1", "stage2", "stage3")
 
 # Stage 1 trains what the base model lacks or does otherwise on six views, and the way out.
-NEW = ("conditions.*", "pairs.spatial.attn.*", "pairs[-1].*", "final*")
+NEW = ("conditions.*", "pairs.spatial.attn.*", "pairs[-1].*", "final_table", "final.*")
 # Stages 2 and 3 leave the base model's embeddings of time, frame rate and text as they are.
-MOST = ("patch.*", "modulation.*", "conditions.*", "pairs.*", "final*")
+MOST = ("patch.*", "modulation.*", "conditions.*", "pairs.*", "final_table", "final.*")
 
 
 SCENE = 19.0  # seconds: windows have to lie within one of nuScenes' scenes

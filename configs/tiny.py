@@ -17,7 +17,7 @@ def get_config():
     c.model.input_sq_size = 64
     c.model.ray_rotary = True
     c.model.precondition = "motion"
-    c.model.sweep, c.model.evidence = 9, True
+    c.model.sweep, c.model.evidence, c.model.mixture = 9, True, True
     c.model.dtype, c.model.remat = "float32", "none"
     # From four frames: 83 ms of two tell too little of how fast other cars go.
     c.window.frames, c.window.conditioning = 10, 4

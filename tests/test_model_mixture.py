@@ -94,7 +94,7 @@ def test_a_network_grows_weights_that_start_at_nothing_and_learn(pred_sigma):
 
     before, after = (jax.jit(velocity, static_argnums=0)(dit, p) for dit, p in ((small, params), (large, grown)))
     np.testing.assert_array_equal(before, after)
-    gradient = jax.jit(jax.grad(lambda p: jnp.square(velocity(large, p)).sum()))(grown)["final_mixture"]["kernel"][...]
+    gradient = jax.jit(jax.grad(lambda p: jnp.square(velocity(large, p)).sum()))(grown)["final"]["mixture"]["kernel"][...]
     assert float(jnp.abs(gradient).max(0).min()) > 0  # each weight at each place of a patch
 
 

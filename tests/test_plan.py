@@ -89,9 +89,9 @@ def rotary(sizes):
         ("sample", ("--config.model.precondition=none", "--config.generate.guidance_text=2.0", "--config.generate.guidance_waypoints=3.0"), 0),
         ("train", ("--config.model.pred_sigma=True", "--config.model.patch=(2,2,2)", "--config.model.precondition=none"), 0),
         ("train", ("--config.model.precondition=none", "--config.model.ray_rotary=True"), 1e-3),  # the rays' own rotation is left out
-        ("train", ("--config.model.precondition=motion", "--config.model.sweep=0", "--config.model.evidence=False"), 0.02),
+        ("train", ("--config.model.precondition=motion", "--config.model.sweep=0", "--config.model.evidence=False", "--config.model.mixture=False"), 0.02),
         # Solves over t × t frames, rotations of rays and points, misfits and the like are left out.
-        ("train", ("--config.model.precondition=motion", "--config.model.sweep=3", "--config.model.evidence=True"), 0.04),
+        ("train", ("--config.model.precondition=motion", "--config.model.sweep=3", "--config.model.evidence=True", "--config.model.mixture=True"), 0.04),
     ],
 )  # fmt: skip
 def test_the_list_of_matmuls_is_what_the_program_does(step, settings, tolerance):

@@ -206,7 +206,8 @@ class DiT(nnx.Module):
         self.pairs = make(rngs.split(config.depth))
         self.final_table = parameter(rngs, (2, d), normal(d**-0.5), (None, "embed"))
         self.final = Linear(d, patch * outputs, ("embed", None), rngs=rngs)
-        self.final_mixture = Linear(d, patch * config.mixture, ("embed", None), rngs=rngs, init=zeros) if config.mixture else None
+        if config.mixture:  # of the way out, too, so that whatever trains that trains both; nothing at the start
+            self.final.mixture = Linear(d, patch * config.mixture, ("embed", None), rngs=rngs, init=zeros)
 
     def __call__(self, x, timesteps, conditions: Conditions):
         """x [b, v, t, h, w, c], timesteps [b, v, t] in 0..1000 (0 = clean frame) → [b, v, t, h, w, out] float32.
@@ -261,7 +262,7 @@ class DiT(nnx.Module):
         scale = (self.final_table[1] + time)[..., None, :]
         x = layer_norm(x).astype(jnp.float32) * (1 + scale) + shift
         x = constrain(x.astype(dtype), *STREAM_SPATIAL)
-        heads = [self.final(x)] if self.final_mixture is None else [self.final(x), self.final_mixture(x)]
+        heads = [self.final(x), self.final.mixture(x)] if cfg.mixture else [self.final(x)]
         heads = [constrain(y, *STREAM_SPATIAL).astype(jnp.float32) for y in heads]
         heads = [rearrange(y, "b t v (h w) (pt ph pw c) -> b v (t pt) (h ph) (w pw) c", h=rows, w=columns, pt=pt, ph=ph, pw=pw) for y in heads]
         return jnp.concatenate(heads, -1)[:, :, :t, :h, :w]

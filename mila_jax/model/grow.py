@@ -1,7 +1,7 @@
 """A network that starts as a smaller one: more pairs of blocks, or more inputs, and yet the same function at the first step.
 
 New pairs come last and start as identity (the projections that end their branches are zero, as in published temporal blocks); new input
-channels come last and start with weights of zero.
+channels come last and start with weights of zero, and so do the weights of the sweep's guesses (`DiTConfig.mixture`).
 """
 
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def grow(arrays: dict, small: DiTConfig, large: DiTConfig, fresh: nnx.State) -> 
         more = (large.in_channels - small.in_channels) * small.patch[0] * small.patch[1] * small.patch[2]
         grown["patch.kernel"] = jnp.concatenate([kernel, jnp.zeros((more, kernel.shape[1]), kernel.dtype)])
     if large.mixture > small.mixture:
-        grown |= {f"final_mixture.{name}": value[...] for name, value in fresh["final_mixture"].items()}  # which start at zero
+        grown |= {f"final.mixture.{name}": value[...] for name, value in fresh["final"]["mixture"].items()}  # which start at zero
     if large.depth > small.depth:
         for path, value in nnx.to_flat_state(fresh):
             name = ".".join(map(str, path))
