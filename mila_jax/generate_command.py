@@ -46,8 +46,6 @@ def generate_command(config, options, *, replace: bool = False, progress: bool =
             "window; generate.window or generate.anchor_stride set it otherwise",
             file=sys.stderr,
         )
-    for line in otherwise_than_trained(model, config):
-        print(line, file=sys.stderr)
     codec = open_codec(config)
     video = open_video_codec(config, codec)
     check_fits(model, codec, options.data, video)
@@ -58,6 +56,8 @@ def generate_command(config, options, *, replace: bool = False, progress: bool =
         decoder = VideoDecoder(decoder, video, start.first_latents)
     chunks = chunks_of(model.data)
     job = generator.job([start], length if chunks is None else chunks.latents_for(length, start.first_latents.shape[1]), options.seed)
+    for line in otherwise_than_trained(model, config):
+        print(line, file=sys.stderr)
     if options.explain:
         print(describe(job.plan, job.tables, generator.options))
         draw_picture(out / "schedule.png", job.plan, job.tables)
