@@ -249,6 +249,7 @@ def choose_trajectory(name: str | None, recorded: Trajectory | None, seconds: fl
         return manoeuvre("straight", seconds + 10, speed) if recorded is None else coasting(recorded)
     if name.endswith((".csv", ".json")):
         chosen = covering(check_driveable(read_trajectory(name), f"--waypoints={name}"), seconds, f"--waypoints={name}")
+        chosen = Trajectory(chosen.times, chosen.waypoints(chosen.times, 0.0))  # a file may count from elsewhere; the recorded past ends at its time 0
     else:
         chosen = manoeuvre(name, seconds + 10, speed)
     return chosen if recorded is None else with_past(recorded, chosen)

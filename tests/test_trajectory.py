@@ -144,3 +144,11 @@ def test_what_was_recorded_is_not_made_up():
     driving = Trajectory(times - times[12], (times - times[12])[:, None] * [[11.0, 0, 0]])
     np.testing.assert_allclose(choose_trajectory("straight", driving, 5.0, None).at([-0.25, 5.0])[:, 0], [-2.75, 55], atol=0.3)
     np.testing.assert_allclose(choose_trajectory("straight", None, 5.0, None).at([-0.25, 5.0])[:, 0], [-2, 40], atol=0.3)
+
+
+def test_a_file_that_counts_from_elsewhere_joins_what_was_recorded(tmp_path):
+    (tmp_path / "w.csv").write_text("t,x,y,yaw\n0,100,50,1.5707963\n6,100,80,1.5707963\n")  # 5 m/s along its own y
+    times = np.arange(-1, 2, 1 / 12)
+    recorded = Trajectory(times - times[12], (times - times[12])[:, None] * [[5.0, 0, 0]])
+    chosen = choose_trajectory(str(tmp_path / "w.csv"), recorded, 5.0, None)
+    np.testing.assert_allclose(chosen.at([-0.25, 0.0, 0.1, 5.0]), np.array([-0.25, 0.0, 0.1, 5.0])[:, None] * [5.0, 0, 0], atol=1e-4)
