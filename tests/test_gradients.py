@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from mila_jax.model import cpu_gradients
-from mila_jax.model.layers import Linear, gated, gelu_tanh, product
+from mila_jax.model import softmax_attention as softmax_attention_module
+from mila_jax.model.layers import Linear, gated, gelu_tanh, pairs_apart, product, rotary_tables, rotate, rotate_apart
 from mila_jax.model.norms import layer_norm, modulated_norm, rms_norm
 from mila_jax.model.softmax_attention import short_attention, softmax_attention
 
@@ -38,13 +39,18 @@ def test_attention(masked):
     same(lambda *a: softmax_attention(*a, seen), lambda *a: plain_attention(*a, mask), random((2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)))
 
 
-def test_attention_with_several_axes_of_queries():
-    q, k, v = random((2, 3, 5, 2, 4), (2, 3, 7, 4), (2, 3, 7, 4))
-    mask = jnp.arange(7) < jnp.array([[[7]], [[4]]])
-    same(
-        lambda *a: softmax_attention(*a, mask[..., None, None, :]).reshape(2, 3, 10, 4),
-        lambda q, k, v: plain_attention(q.reshape(2, 3, 10, 4), k, v, mask), (q, k, v),
-    )  # fmt: skip
+@pytest.mark.parametrize("mask", [None, np.tri(7, 5, dtype=bool), np.arange(5) < 3])
+@pytest.mark.parametrize("scores, parts", [(11, 4), (5, 4), (35, 1)])  # two queries at a time; no more parts than `PARTS`; all at once
+def test_attention_of_some_queries_at_a_time(monkeypatch, mask, scores, parts):
+    monkeypatch.setattr(softmax_attention_module, "SCORES", scores)
+    monkeypatch.setattr(softmax_attention_module, "PARTS", 4)
+    calls, forward = [], softmax_attention_module._forward
+    monkeypatch.setattr(softmax_attention_module, "_forward", lambda *a: calls.append(a[0].shape[-2]) or forward(*a))
+    q, k, v = random((2, 3, 7, 4), (2, 3, 5, 4), (2, 3, 5, 4))
+    seen = np.ones((7, 5), bool) if mask is None else np.broadcast_to(mask, (7, 5))
+    whole = jax.nn.softmax(jnp.where(seen, jnp.einsum("...qe,...se->...qs", q, k), -1e30), -1) @ v
+    np.testing.assert_allclose(softmax_attention(q, k, v, mask if mask is None else np.atleast_2d(mask)), whole, atol=2e-6)
+    assert len(calls) == parts and sum(calls) == 7
 
 
 @pytest.mark.parametrize("places, frames", [(6, 4), (7, 3), (40, 30), (2, 70)])  # in one product; all; two places in each of 20; one in each
@@ -68,14 +74,21 @@ def test_devices_with_samples_of_their_own_compile_like_one_cpu(sizes, expected)
         assert cpu_gradients.for_one_cpu() == expected
 
 
-def test_gelu():
-    same(gelu_tanh, lambda x: jax.nn.gelu(x, approximate=True), random((50,)))
-
-
 @pytest.fixture(params=["cpu", "another device"])
 def device(request, monkeypatch):
     """Gradients for one CPU, and those for everything else."""
     monkeypatch.setattr(cpu_gradients, "device_kind", lambda: request.param)
+
+
+def test_rotary_embedding_of_pairs_set_apart(device):
+    cos, sin = rotary_tables(5, 8)
+    x = random((2, 5, 3, 8))[0]
+    same(lambda x: rotate_apart(pairs_apart(x), cos, sin), lambda x: pairs_apart(rotate(x, (cos, sin))), (x,))
+    assert not np.array_equal(pairs_apart(x), x)
+
+
+def test_gelu():
+    same(gelu_tanh, lambda x: jax.nn.gelu(x, approximate=True), random((50,)))
 
 
 def test_modulated_norm(device):

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mila_jax.model.cpu_gradients import for_one_cpu
 from mila_jax.model.cross_kernel import attend_text_fused
-from mila_jax.model.layers import Linear, ones, parameter, product, rotate, xavier, zeros
+from mila_jax.model.layers import Linear, ones, pairs_apart, parameter, product, rotate, rotate_apart, xavier, zeros
 from mila_jax.model.norms import rms_norm
 from mila_jax.model.remat import ATTENTION, INPUTS, keep
 from mila_jax.model.softmax_attention import TOKENS, short_attention, softmax_attention
@@ -43,15 +43,16 @@ TEMPORAL = Layout(
 )  # [b, v, n, t, k, e]  # fmt: skip
 
 
-def project(x, kernel, bias, *, cut: bool):
+def project(x, kernel, bias, *, cut: bool, apart: int = 0):
     """Fused projections of x [..., d] by kernel [d, m, k, e] and bias [m, k, e] → m arrays [..., k, e].
 
     cut: by m products with parts of the kernel. For arrays of many tokens, slices of one large result, and its gradient put together
-    again, would be copies of q, k and v on a TPU.
+    again, would be copies of q, k and v on a TPU. apart: of the first so many, the pairs are set apart (`layers.pairs_apart`), on one CPU only.
     """
     kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
     if for_one_cpu():  # whose compiler would transpose both x and the result for the products below
         parts = ((kernel[:, i], bias[i]) for i in range(len(bias)))
+        parts = (tuple(map(pairs_apart, part)) if i < apart else part for i, part in enumerate(parts))
         return [product(x, w.reshape(len(w), -1)).reshape(x.shape[:-1] + b.shape) + b for w, b in parts]
     if cut:
         return [jnp.einsum("...d,dke->...ke", x, kernel[:, i]) + bias[i] for i in range(len(bias))]
@@ -124,12 +125,15 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x, rotary=None):
         """x [..., n, d] → [..., n, d], attention over the n axis; rotary: tables over it or None."""
-        made = project(x, self.qkv[...], self.qkv_bias[...], cut=True)  # each [..., n, k, e]
+        # One CPU turns pairs that lie apart, as the kernels of queries and keys then give them: what is common to both leaves their products alone.
+        apart = rotary is not None and for_one_cpu()
+        made = project(x, self.qkv[...], self.qkv_bias[...], cut=True, apart=2 if apart else 0)  # each [..., n, k, e]
         q, k, v = (keep(constrain(y, *self.layout.made), INPUTS) for y in made)
         if self.q_norm is not None:
-            q, k = rms_norm(q, self.q_norm[...]), rms_norm(k, self.k_norm[...])
+            weights = (pairs_apart(w[...]) if apart else w[...] for w in (self.q_norm, self.k_norm))
+            q, k = (rms_norm(y, w) for y, w in zip((q, k), weights))
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            q, k = (rotate_apart(y, *rotary) if apart else rotate(y, rotary) for y in (q, k))
         q, k, v = constrain(q, *self.layout.queries), constrain(k, *self.layout.keys), constrain(v, *self.layout.keys)
         y = attend_spatially(q, k, v, self.kernel) if self.layout is SPATIAL else attend(q, k, v)
         y = constrain(y, *self.layout.queries)

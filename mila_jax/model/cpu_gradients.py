@@ -91,3 +91,11 @@ def rms_norm(arguments, g):
     dweight = wide * norm  # of each token
     dx = inverse * (wide * weight - norm * weighted_mean(dweight, weight[None]))
     return dx.astype(x.dtype), sum_tokens(dweight.reshape(-1, len(weight)))[0]
+
+
+def rotate_apart(arguments, g):
+    """Of pairs of x [..., t, k, e] turned by tables [..., t, e/2]: turned back. The tables are no parameters."""
+    _, cos, sin = arguments
+    first, second = jnp.split(g.astype(jnp.float32), 2, -1)
+    cos, sin = cos[..., :, None, :], sin[..., :, None, :]
+    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], -1).astype(g.dtype), None, None

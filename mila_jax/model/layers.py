@@ -193,6 +193,19 @@ def rotate(x, tables):
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
+def pairs_apart(x):
+    """Elements x₀x₁x₂x₃… of the last axis → x₀x₂…x₁x₃…: first of all pairs the first, then the second."""
+    return jnp.swapaxes(x.reshape(x.shape[:-1] + (-1, 2)), -2, -1).reshape(x.shape)
+
+
+@gradient_on_cpu(cpu_gradients.rotate_apart)
+def rotate_apart(x, cos, sin):
+    """`rotate` for pairs set apart, x [..., t, k, e] by tables [..., t, e/2]: a CPU computes with long rows, not with neighbours."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    cos, sin = cos[..., :, None, :], sin[..., :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
 def fourier(x, longest: float, shortest: float, bands: int):
     """Fourier features of each scalar of x [..., m] → [..., m·(2·bands+1)] (the paper's eq. (1)).
 

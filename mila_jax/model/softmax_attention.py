@@ -17,19 +17,28 @@ def _dot(a, b, a_axes, b_axes, batch: int):
     return jax.lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), ((a_axes, b_axes), (common, common)))
 
 
+SCORES, PARTS = 2**16, 16  # of a head, at one time and without a gradient; parts at most
+
+
 @jax.custom_vjp
 def softmax_attention(q, k, v, mask):
     """softmax(q · k) v, softmax in float32; scaling of q is the caller's.
 
-    q: [*batch, *queries, e], k and v: [*batch, s, e], mask: [*batch, *queries, s] bool (True = may be seen; broadcastable) or None.
-    Returns [*batch, *queries, e] in the type of v.
+    q: [*batch, n, e], k and v: [*batch, s, e], mask: [*batch, n, s] bool (True = may be seen; broadcastable) or None.
+    Returns [*batch, n, e] in the type of v.
     """
-    return _forward(q, k, v, mask)[0]
+    # Some queries at a time: the scores are far larger than all else, and of a few they stay in the processor's cache.
+    count = q.shape[-2]
+    step = -(-count // min(PARTS, -(-count * k.shape[-2] // SCORES)))
+    parts = [slice(start, start + step) for start in range(0, count, step)]
+    masks = [mask if mask is None or mask.shape[-2] == 1 else mask[..., part, :] for part in parts]
+    y = [_forward(q[..., part, :], k, v, seen)[0] for part, seen in zip(parts, masks)]
+    return jnp.concatenate(y, -2) if len(y) > 1 else y[0]
 
 
 def _forward(q, k, v, mask):
     batch, last = k.ndim - 2, q.ndim - 1
-    scores = _dot(q, k, (last,), (k.ndim - 1,), batch)
+    scores = _dot(q, k, (last,), (last,), batch)
     if mask is not None:
         # Added, not selected: the compiler then keeps product and softmax in one piece.
         scores += jnp.where(mask, 0.0, -1e30)
@@ -37,19 +46,18 @@ def _forward(q, k, v, mask):
     # The sum divides the result, a head's few elements, and not the weights, of which there is one for each key.
     inverse = 1 / weights.sum(-1, keepdims=True)
     weights = weights.astype(v.dtype)
-    y = (_dot(weights, v, (last,), (k.ndim - 2,), batch) * inverse).astype(v.dtype)
+    y = (_dot(weights, v, (last,), (last - 1,), batch) * inverse).astype(v.dtype)
     return y, (q, k, v, weights, inverse, y)
 
 
 def _backward(saved, g):
     q, k, v, weights, inverse, y = saved
-    batch, last = k.ndim - 2, q.ndim - 1
-    queries = tuple(range(batch, last))
+    batch, last, queries = k.ndim - 2, q.ndim - 1, (q.ndim - 2,)
     g = g.astype(jnp.float32) * inverse
     dv = _dot(g, weights, queries, queries, batch)  # [*batch, e, s]
     inner = jnp.sum(g * y, -1, keepdims=True)
-    ds = (weights * (_dot(g, v, (last,), (k.ndim - 1,), batch) - inner)).astype(q.dtype)
-    dq = _dot(ds, k, (last,), (k.ndim - 2,), batch)
+    ds = (weights * (_dot(g, v, (last,), (last,), batch) - inner)).astype(q.dtype)
+    dq = _dot(ds, k, (last,), (last - 1,), batch)
     dk = _dot(q, ds, queries, queries, batch)  # [*batch, e, s]
     return dq.astype(q.dtype), jnp.swapaxes(dk, -2, -1).astype(k.dtype), jnp.swapaxes(dv, -2, -1).astype(v.dtype), None
 
@@ -57,7 +65,7 @@ def _backward(saved, g):
 softmax_attention.defvjp(_forward, _backward)
 
 
-TOKENS = 64  # of one product
+TOKENS = 24  # of one product
 
 
 def short_attention(q, k, v):
