@@ -117,6 +117,15 @@ find_commit() {
   fi
 }
 
+# By its number of cores (v2 … v5p) or chips (v5e, v6e); a type that is not given may have any number, and so may several slices.
+several_workers() { [ -z "$type" ] || [ "${slices:-1}" -gt 1 ] || { is_number "${type##*-}" && [ "${type##*-}" -gt 8 ]; }; }
+
+# Any other command knows nothing of the other workers: each would do all of the work by itself, and all write to one place. $1: what to do.
+need_command_for_all() {
+  case "${mila[0]}" in train|prepare) return ;; esac
+  if several_workers; then fail "mila ${mila[0]} is for one worker, only train and prepare work on several together; $1"; fi
+}
+
 # `mila train` whose workers cannot find each other must fail, not run once on each of them.
 train_as_one() {
   local argument

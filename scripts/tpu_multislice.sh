@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs one `mila` command on several slices of a GKE cluster that XPK made (https://github.com/AI-Hypercomputer/xpk).
+# Runs `mila train` or `mila prepare` on several slices of a GKE cluster that XPK made (https://github.com/AI-Hypercomputer/xpk), any command on
+# one slice with one worker.
 #   bash scripts/tpu_multislice.sh create NAME --cluster=CLUSTER --type=v5p-256 --slices=4 [options] -- train --config=configs/xl128.py \
 #     --config.data.dir=gs://BUCKET/latents --config.train.dir=gs://BUCKET/run --config.train.batch=256
 # create  submits the workload NAME. Without --image, XPK puts the commit that is checked out here on top of --base-image, and each
@@ -25,6 +26,7 @@
 # shellcheck source=scripts/tpu_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/tpu_common.sh"
 
+# shellcheck disable=SC2034  # slices: tpu_common.sh asks
 cluster="" slices=1 image="" base_image="" restarts=100 grace=300
 switch() { return 1; }
 option() {
@@ -73,6 +75,7 @@ if [ "$command" = create ]; then
   is_number "$grace" || fail "--grace takes seconds, not '$grace'"
   [ -z "$image" ] || [ -z "$base_image" ] || fail "--image and --base-image cannot go together"
   need_command
+  need_command_for_all "pass --slices=1 and a --type with one worker"
   case "${mila[*]}" in *$'\n'*) fail "XPK takes a command of one line only; put longer settings into a config file" ;; esac
   train_as_one
   warn_of_local_runs

@@ -53,14 +53,6 @@ look() {
   shown="$state"
 }
 
-# Any other command knows nothing of the other workers: each would do all of the work by itself, and all write to one place.
-need_command_for_all() {
-  case "${mila[0]}" in train|prepare) return ;; esac
-  if several_workers; then
-    fail "mila ${mila[0]} is for one worker, only train and prepare work on several together; use scripts/tpu_vm.sh, or pass a --type with one worker"
-  fi
-}
-
 create() {
   find_runtime
   local flags=()
@@ -173,7 +165,7 @@ is_number "$one_worker" || fail "--worker takes a number, not '$one_worker'"
 case "$command" in
   run|start|watch)
     need_command
-    need_command_for_all
+    need_command_for_all "use scripts/tpu_vm.sh, or pass a --type with one worker"
     train_as_one
     warn_of_local_runs
     ;;

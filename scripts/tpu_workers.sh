@@ -38,9 +38,6 @@ find_runtime() {
   esac
 }
 
-# By its number of cores (v2 … v5p) or chips (v5e, v6e); a type that is not given may have any number.
-several_workers() { [ -z "$type" ] || { is_number "${type##*-}" && [ "${type##*-}" -gt 8 ]; }; }
-
 # ssh to workers $1 with command $2.
 remote() {
   run gcloud compute tpus tpu-vm ssh "$name" "--project=$project" "--zone=$zone" "--worker=$1" \

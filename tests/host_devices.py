@@ -14,3 +14,8 @@ def host_devices(count: int, optimized: bool = False) -> dict:
     # collectives in any order, so that with no thread to spare two can wait for each other for good.
     threads = {"NPROC": str(2 * count)} if count > 1 else {}
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | threads
+
+
+def chosen_slow(request) -> bool:
+    """Whether slow tests of the file whose fixture asks are among those that run."""
+    return any(item.path == request.path and item.get_closest_marker("slow") for item in request.session.items)

@@ -266,6 +266,8 @@ MISTAKES = [
     ("tpu_multislice.sh", ["create", "w", "--cluster=c", "--type=t", "--slices=0", "--", "train"], "--slices takes a number"),
     ("tpu_multislice.sh", ["create", "w", "--cluster=c", "--type=t", "--image=i", "--base-image=j", "--", "train"], "cannot go together"),
     ("tpu_multislice.sh", ["create", "w", "--cluster=c", "--type=t", "--", "generate", "--text=a\nb"], "one line only"),
+    ("tpu_multislice.sh", ["create", "w", "--cluster=c", "--type=v6e-8", "--slices=2", "--", "generate", "--out=o"], "mila generate is for one worker"),
+    ("tpu_multislice.sh", ["create", "w", "--cluster=c", "--type=v5p-16", "--", "demo"], "pass --slices=1 and a --type with one worker"),
     ("tpu_multislice.sh", ["delete", "--cluster=c"], "delete needs the name"),
 ]
 

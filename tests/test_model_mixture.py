@@ -73,7 +73,7 @@ def test_without_weights_nothing_moves():
     np.testing.assert_array_equal(preconditioned(lambda *_: zero, PRIOR, N, True, True)(y, LEVELS, _conditions()), plain)
 
 
-@pytest.mark.parametrize("pred_sigma", [False, True])
+@pytest.mark.parametrize("pred_sigma", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_network_grows_weights_that_start_at_nothing_and_learn(pred_sigma):
     sizes = dict(width=16, heads=2, depth=1, unroll=1, in_channels=input_channels(2, 2, True), sweep=2, evidence=True, pred_sigma=pred_sigma)
     small = dataclasses.replace(CONFIG, **sizes)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.host_devices import host_devices
+from tests.host_devices import chosen_slow, host_devices
 
 ONE = dict(data=1, fsdp=1, context=1, tensor=1)
 SPLIT = ONE | dict(fsdp=2, context=2, tensor=2)
@@ -24,7 +24,8 @@ CASES = {
     "accumulated_split": dict(mesh=ONE | dict(data=2, context=2, tensor=2), mode="context", accumulate=2),
 }  # fmt: skip
 MODES = ("none", "context", "heads", "kv_gather")
-CHECKED = (*MODES, "once")  # once: kernels are gathered once a step
+CHECKED = (*MODES, pytest.param("once", marks=pytest.mark.slow))  # once: kernels are gathered once a step
+SLOW = ("once", "accumulated_zero", "accumulated_split")
 
 # What the compiler of jax 0.10 makes of the step at these sizes (depth 2, scanned). A change that needs more has to be explained here.
 #
@@ -43,10 +44,10 @@ MOST = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """name → dict of arrays; `told`: loss and collectives."""
+def results(tmp_path_factory, request):
+    """name → dict of arrays; `told`: loss and collectives; of the cases that the chosen tests are about."""
     folder = tmp_path_factory.mktemp("modes")
-    (folder / "cases.json").write_text(json.dumps(CASES))
+    (folder / "cases.json").write_text(json.dumps({name: case for name, case in CASES.items() if name not in SLOW or chosen_slow(request)}))
     run = subprocess.run(
         [sys.executable, "-m", "tests.parallel_probe", str(folder / "cases.json"), str(folder / "out.npz")], capture_output=True, text=True,
         env=host_devices(8), cwd=pathlib.Path(__file__).parents[1], timeout=550,
@@ -56,7 +57,7 @@ def results(tmp_path_factory):
         return {k: z[k] for k in z.files} | {"told": json.loads(str(z["told"]))}
 
 
-@pytest.mark.parametrize("mode", (*CHECKED, "accumulated", "accumulated_zero", "accumulated_split"))
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode in SLOW)) for mode in CASES if mode != "one"])
 def test_mode_equals_one_device(results, mode):
     """Velocity, loss and the gradient of every parameter, each against the largest value of its array."""
     told = results["told"]
@@ -87,6 +88,10 @@ def test_modes_differ_as_they_are_meant_to(results):
 
 def test_accumulated_gradients_meet_once(results):
     """Parts of a batch one after the other, data parallel: one all-reduce for everything, outside of all loops, and nothing is gathered."""
-    assert results["told"]["accumulated_zero"]["collectives"]["all-gather"] > 0  # parameters that lie over `data`
     told = results["told"]["accumulated"]
     assert told["collectives"] == told["outside"] == {kind: int(kind == "all-reduce") for kind in told["outside"]}
+
+
+@pytest.mark.slow
+def test_parameters_that_lie_over_data_are_gathered(results):
+    assert results["told"]["accumulated_zero"]["collectives"]["all-gather"] > 0

@@ -84,10 +84,9 @@ def test_an_autoencoder_that_is_not_there_costs_pictures_on_all(make_sharded):
     assert all("no pictures: " in err for _, err in ends) and "none.safetensors" in ends[0][1]
 
 
-def test_a_notice_to_one_saves_on_both_and_two_or_one_go_on(two, make_sharded):
-    """SIGTERM to one process: both save at one step. Two processes then end where the undisturbed run did, bit for bit; one process on
-    another mesh has the same losses."""
-    undisturbed, expected = two
+@pytest.fixture(scope="module")
+def noticed(make_sharded):
+    """A run of which one process got SIGTERM: its config, saved in the middle."""
     config, file = make_sharded("notice", checkpoint_every=100)
     runs = start_two(file, "HOOK=slow")
     deadline = time.monotonic() + 200
@@ -99,22 +98,36 @@ def test_a_notice_to_one_saves_on_both_and_two_or_one_go_on(two, make_sharded):
     said = {line for _, err in ends for line in err.splitlines() if line.startswith("told to leave")}
     saved = Checkpoints(config.train.dir).steps()
     assert len(saved) == 1 and saved[0] < STEPS and said == {f"told to leave: saved step {saved[0]}; run again to go on"}
+    return config
 
-    alone = config.copy_and_resolve_references()
-    alone.train.dir = config.train.dir + "_alone"
-    shutil.copytree(config.train.dir, alone.train.dir)
-    alone.mesh.update(dict(data=2, fsdp=2, tensor=2))
-    alone_file = file.with_name("alone.json")
-    alone_file.write_text(alone.to_json())
 
+def copied(config, name: str, **mesh):
+    """A copy of a run with a mesh of its own: (config, file)."""
+    config = config.copy_and_resolve_references()
+    folder = pathlib.Path(config.train.dir)
+    config.train.dir = str(folder.with_name(name))
+    shutil.copytree(folder, config.train.dir)
+    config.mesh.update(mesh)
+    file = folder.with_name(f"{name}.json")
+    file.write_text(config.to_json())
+    return config, file
+
+
+def test_a_notice_to_one_saves_on_both_and_two_go_on_bit_for_bit(two, noticed):
+    config, file = copied(noticed, "notice_two")
     ends = [finish(p) for p in start_two(file)]
     assert [code for code, _ in ends] == [0, 0], ends[0][1][-1500:]
     config.mesh.update(dict(data=1, fsdp=1))
-    assert_equal(state_of(config)[1], expected)
+    assert_equal(state_of(config)[1], two[1])
 
-    code, err = finish(start(alone_file, devices=8))
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_were_told_to_leave(two, noticed):
+    """On another mesh, with the losses of the undisturbed run."""
+    config, file = copied(noticed, "notice_one", data=2, fsdp=2, tensor=2)
+    code, err = finish(start(file, devices=8))
     assert code == 0, err[-2000:]
-    losses = [{m["step"]: m["loss"] for m in read_metrics(c.train.dir) if "loss" in m} for c in (undisturbed, alone)]
+    losses = [{m["step"]: m["loss"] for m in read_metrics(c.train.dir) if "loss" in m} for c in (two[0], config)]
     assert losses[0].keys() == losses[1].keys() == set(range(1, STEPS + 1))
     np.testing.assert_allclose(list(losses[1].values()), list(losses[0].values()), rtol=1e-4)
 
