@@ -58,7 +58,9 @@ def signature(model: WorldModel, generate) -> str:
 def with_guide(model: WorldModel, guide: WorldModel, name: str) -> WorldModel:
     """`model` with a guide, which may have other sizes, but has to be for the same latents and text. Raises `UserError` otherwise."""
     ours, theirs = ({"temporal": "none"} | each.data for each in (model, guide))
-    for key in ("autoencoder_sha256", "latent_shape", "temporal", "temporal_sha256", "text_encoder", "text_shape"):
+    for key in ("autoencoder_sha256", "latent_shape", "temporal", "temporal_sha256", "text_encoder", "text_shape", "text_sha256"):
+        if key == "text_sha256" and None in (ours.get(key), theirs.get(key)):
+            continue
         if ours.get(key) != theirs.get(key):
             raise UserError(
                 f"{name} was trained with {key} {theirs.get(key)}, the model with {ours.get(key)}; set generate.guide to weights for the same data"

@@ -44,10 +44,17 @@ def export_command(config, folders, out, *, format_: str, size: tuple[int, int] 
     if format_ == "act-bench":
         for video in videos:
             _check_act(video)
+        # The scorer reads every .mp4 of its folder and tells them by the number at the end.
         names = [video["folder"].resolve().name for video in videos]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        numbers = [int(re.search(r"\d+$", name)[0]) for name in names]
+        twice = sorted({name for name, number in zip(names, numbers) if numbers.count(number) > 1})
         if twice:
-            raise UserError(f"two videos are named {twice[0]}, which is the name of their file; rename a folder")
+            raise UserError(f"{' and '.join(twice)} are of one ACT-Bench sample, by the number at the end; give one of them, or rename a folder")
+        for path in sorted(pathlib.Path(out).glob("*.mp4")):
+            found = re.search(r"_(\d+)$", path.stem)
+            if not found or int(found[1]) in numbers:
+                why = "is of a sample to be exported" if found else "ends in no number, at which ACT-Bench's scorer stops"
+                raise UserError(f"{path} {why}; choose another --out, or remove it")
     if format_ == "nuscenes" and (pathlib.Path(out) / VERSION / "splits.json").exists():  # written last
         raise UserError(f"{out} holds an exported data set already; choose another --out")
     nusc = None if format_ == "act-bench" or config.data.nuscenes is None else open_nuscenes(config.data.nuscenes, config.data.version)
@@ -83,8 +90,8 @@ def export_command(config, folders, out, *, format_: str, size: tuple[int, int] 
 def parse_size(text: str) -> tuple[int, int]:
     """(height, width) of an option such as 900x1600. Raises `UserError`."""
     match = re.fullmatch(r"(\d{2,5})[x×](\d{2,5})", text)
-    if not match:
-        raise UserError(f"--size={text} must be HEIGHTxWIDTH in pixels, such as 900x1600")
+    if not match or min(int(match[1]), int(match[2])) < 16 or max(int(match[1]), int(match[2])) > 65500:
+        raise UserError(f"--size={text} must be HEIGHTxWIDTH in pixels, such as 900x1600, of 16 to 65500")
     return int(match[1]), int(match[2])
 
 

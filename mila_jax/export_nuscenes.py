@@ -37,7 +37,7 @@ def write_scene(number: int, name: str, video: dict, source: Source | None, deco
         times = (EPOCH + 86_400 * number) * 1_000_000 + np.rint(np.arange(1, count + 1) / FRAME_RATE * 1e6).astype(np.int64)
         keyframes, offsets, location, description = np.arange(0, count, KEY_EVERY), {}, tables.LOCATIONS[0], video["about"].get("text") or ""
     else:
-        times, keyframes, offsets, description = source.frame_us, source.keyframes, source.offset_us, source.description
+        times, keyframes, offsets, description = source.frame_us, source.keyframes, source.offset_us, video["about"].get("text") or source.description
         location = source.location if source.location in tables.LOCATIONS else tables.LOCATIONS[0]  # readers want a map for each
     sample_us = times[keyframes] + offsets.get("sample", 0)
     samples = [token(key, "sample", k) for k in keyframes]

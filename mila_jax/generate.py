@@ -256,8 +256,11 @@ def check_data(model: WorldModel, data_dir) -> None:
         "temporal_sha256": "prepare it with that temporal autoencoder (autoencoder.temporal_path)",
         "text_encoder": "prepare it with that text encoder (text.encoder; mila doctor says how to install one)",
         "text_shape": "prepare it with that text.length",
+        "text_sha256": "prepare it with those weights of the text encoder (text.path)",
     }
     for key, remedy in remedies.items():
+        if key == "text_sha256" and None in (data.get(key), model.data.get(key)):
+            continue  # of an encoder without weights of its own, or of before they were written down
         if data.get(key) != model.data.get(key):
             raise UserError(f"{data_dir} has {key} {data.get(key)}, the model was trained with {model.data.get(key)}; {remedy}")
 

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
+import re
 import sys
 import time
 import zipfile
@@ -69,7 +71,8 @@ def generate_command(config, options, *, replace: bool = False, progress: bool =
         return out / "video.mp4"
     kept = Unfinished(out / "unfinished", about, replace)
     for partial in out.glob(".*.mp4"):  # of a run that was killed
-        partial.unlink()
+        if (found := re.fullmatch(r"\.(video|CAM_\w+)\.(\d+)\.mp4", partial.name)) and not runs(int(found[2])):
+            partial.unlink()
     making = Making(generator, job, decoder, kept, length)
     write_videos(out, making.frames(progress), _display_scale(model.data["image_size"]), options.per_view)
     save_latents(out / "latents.npz", collect(job.plan, np.stack(making.windows)), start, length)
@@ -82,6 +85,17 @@ def generate_command(config, options, *, replace: bool = False, progress: bool =
         path.write_text(json.dumps(summary, indent=1))
     kept.remove()
     return out / "video.mp4"
+
+
+def runs(process: int) -> bool:
+    """Whether a process of that number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 @dataclasses.dataclass
@@ -163,11 +177,13 @@ def read_generated(folder) -> tuple[dict, dict]:
         about = json.loads((folder / "generate.json").read_text())
         with open(folder / "latents.npz", "rb") as file, np.load(file, allow_pickle=False) as z:
             arrays = {key: z[key] for key in z.files}
-        int(about["frames"])
+        about["frames"] = int(about["frames"])
         latents = arrays["latents"]
+        if about.get("identity") is not None and "autoencoder" in about["identity"]:
+            str(about["identity"]["autoencoder"][0])
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder} has no finished video of mila generate ({error}); run it, or again with another --out") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
             f"{folder}: generate.json and latents.npz are not as mila generate writes them ({type(error).__name__}: {error}); make them again"
         ) from None
@@ -187,7 +203,7 @@ def check_latents(folder, about: dict, arrays: dict, codec, shape=None) -> None:
         )
     if "poses" in arrays and arrays["poses"].shape != (about["frames"], 3):
         raise UserError(f"{folder}: latents.npz has poses {arrays['poses'].shape} of {about['frames']} frames; make the video again")
-    made = about.get("identity", {}).get("autoencoder", [codec.sha256])[0]
+    made = (about.get("identity") or {}).get("autoencoder", [codec.sha256])[0]
     if made != codec.sha256:
         raise UserError(f"{folder} was made with another autoencoder; set autoencoder.path to that one's file")
     found, wanted = arrays["latents"].shape[2:], (None, None, codec.config.latent_channels) if shape is None else tuple(shape)
@@ -236,8 +252,17 @@ def find_start(model, config, codec, options, video=None):
     from data_pipeline.clips import read_scene
     from mila_jax.model.text import make_text_encoder
 
+    try:
+        (options.text or "").encode()
+    except UnicodeEncodeError:
+        raise UserError("--text is not UTF-8; give it in that encoding") from None
+
     def text_encoder():
-        return make_text_encoder(model.data["text_encoder"], model.data["text_shape"][0], config.text.get("path"), config.text.get("tokenizer"))
+        encoder = make_text_encoder(model.data["text_encoder"], model.data["text_shape"][0], config.text.get("path"), config.text.get("tokenizer"))
+        trained, given = model.data.get("text_sha256"), getattr(encoder, "sha256", None)
+        if encoder.width != model.data["text_shape"][1] or None not in (trained, given) and trained != given:
+            raise UserError("the model was trained with other weights of the text encoder; set text.path to those")
+        return encoder
 
     given, known = config.window.conditioning, options.waypoints != "none"
     if options.data:

@@ -228,19 +228,29 @@ def covering(trajectory: Trajectory, seconds: float, source: str) -> Trajectory:
 
 
 SPEED = 8.0  # m/s, where nothing is recorded and nothing else is said
+STANDING = 0.2  # m/s, below which a car stands
 
 
 def choose_trajectory(name: str | None, recorded: Trajectory | None, seconds: float, speed: float | None) -> Trajectory:
     """The trajectory that `--waypoints` names. recorded: the scene's, None where nothing is recorded (`--frames`).
 
     none: straight on at the speed so far. speed: m/s that a manoeuvre begins with, None for the recorded one, or `SPEED`. Up to time 0 the car drove as
-    is recorded, whatever it does then. Raises `UserError` for an unknown name, for a file that does not reach from 0 to the end of the
-    video, and for one that no car can drive.
+    is recorded, whatever it does then. Raises `UserError` for an unknown name, for a speed that nothing asks for, for none where the recorded car
+    stands, for a file that does not reach from 0 to the end of the video, and for one that no car can drive.
     """
-    if speed is None:
-        speed = SPEED if recorded is None else max(0.0, speed_at_start(recorded))
-    elif not 0 <= speed <= FASTEST:
-        raise UserError(f"--speed={speed:g} must lie between 0 and {FASTEST:g} m/s")
+    if speed is not None:
+        if not 0 <= speed <= FASTEST:
+            raise UserError(f"--speed={speed:g} must lie between 0 and {FASTEST:g} m/s")
+        if name in (None, "scene") or name.endswith((".csv", ".json")) or name == "none" and recorded is not None:
+            raise UserError(f"--speed goes with --waypoints={', '.join(MANOEUVRES)}; --waypoints={name or 'scene'} has a speed of its own")
+    elif recorded is None:
+        speed = SPEED
+    else:
+        speed = max(0.0, speed_at_start(recorded))
+        if speed < STANDING and name in MANOEUVRES and name != "stop":
+            raise UserError(
+                f"the recorded car stands at --start, and --waypoints={name} goes on at its speed; give --speed, such as --speed={SPEED:g}"
+            )
     if name in (None, "scene"):
         if recorded is None:
             raise UserError(f"--waypoints must be given with --frames: a .csv or .json file, none, or one of {', '.join(MANOEUVRES)}")
@@ -249,7 +259,8 @@ def choose_trajectory(name: str | None, recorded: Trajectory | None, seconds: fl
         return manoeuvre("straight", seconds + 10, speed) if recorded is None else coasting(recorded)
     if name.endswith((".csv", ".json")):
         chosen = covering(check_driveable(read_trajectory(name), f"--waypoints={name}"), seconds, f"--waypoints={name}")
-        chosen = Trajectory(chosen.times, chosen.waypoints(chosen.times, 0.0))  # a file may count from elsewhere; the recorded past ends at its time 0
+        # A file may count from elsewhere; the recorded past ends at its time 0.
+        chosen = Trajectory(chosen.times, chosen.waypoints(chosen.times, 0.0))
     else:
         chosen = manoeuvre(name, seconds + 10, speed)
     return chosen if recorded is None else with_past(recorded, chosen)

@@ -67,8 +67,8 @@ def from_poses(times, translation, rotation, reference: int) -> Trajectory:
 
 
 def manoeuvre(name: str, seconds: float, speed: float = 8.0) -> Trajectory:
-    """A named manoeuvre starting at `speed` m/s: straight; left or right (a quarter turn of radius 12 m at 5 m/s after one
-    second); stop (braking at 2 m/s², then standing). Raises `UserError` for another name."""
+    """A named manoeuvre starting at `speed` m/s: straight; left or right (a quarter turn of radius 12 m after one second,
+    at that speed or 5 m/s if it is higher); stop (braking at 2 m/s², then standing). Raises `UserError` for another name."""
     if name not in MANOEUVRES:
         raise UserError(f"unknown manoeuvre {name!r}; use one of {', '.join(MANOEUVRES)}, or a .csv or .json file")
     dt = 1 / 48

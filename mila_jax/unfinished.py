@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import zipfile
 
 import numpy as np
 
@@ -23,13 +24,16 @@ def differences(old, new, prefix=""):
 def is_finished(folder, identity: dict, files) -> bool:
     """Whether the video of `identity` is finished in `folder`, with all of `files` there.
 
-    generate.json, written last, says which video it is. Raises `UserError` if another video is finished there.
+    generate.json, written last, says which video it is. Raises `UserError` if another video is finished there, or files that nothing is known of are.
     """
     record = pathlib.Path(folder) / "generate.json"
     try:
         about = json.loads(record.read_text())
         old = about["identity"]
     except FileNotFoundError:
+        there = [file for file in files if (record.parent / file).exists()]
+        if there and not (record.parent / "unfinished" / "identity.json").exists():
+            raise UserError(f"{folder} holds {there[0]}, and nothing tells that mila generate made it; choose another --out") from None
         return False
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} holds a finished video, but {record} does not tell which; remove that folder, or choose another --out") from None
@@ -80,8 +84,9 @@ class Unfinished:
         number = 0
         while self._path(number).exists():
             try:
-                window = np.load(self._path(number), allow_pickle=False)
-            except (ValueError, OSError, EOFError):
+                with self._path(number).open("rb") as file:
+                    window = np.load(file, allow_pickle=False)
+            except (ValueError, OSError, EOFError, zipfile.BadZipFile):
                 return
             if window.shape != tuple(shape) or window.dtype != np.float32:
                 return

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mila_jax.errors import UserError
@@ -224,10 +225,13 @@ def test_the_command_trains_on_a_data_set(small_config, tmp_path, monkeypatch, c
     card = training_card(path)
     assert (card["steps"], card["image_size"], card["data"]) == (0, [32, 48], "nuscenes v1.0-sim") and 20 < card["train_frames"] <= 40
     here = [f"--data={data}", *where]
-    for arguments, words in (([f"--data={tmp_path}", *where], str(tmp_path)), ([*here, "--height=31"], "31"), ([*here, "--init-from=x"], "at x")):
+    for arguments, words in (([f"--data={tmp_path}", *where], str(tmp_path)), ([*here, "--height=31"], "31"), ([*here, "--init-from=x"], "at x"),
+        ([*here, "--max-frames=0"], "--max-frames=0"), ([*here, "--out=gs://b/run"], "--out=gs://b/run is an address"),
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
-        assert str(stopped.value).startswith("error: ") and words in str(stopped.value), stopped.value
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and said.startswith("error: ") and words in said
 
 
 def load_bytes(path):
@@ -283,6 +287,14 @@ def test_training_refuses_another_runs_folder_and_sizes_that_do_not_divide(tmp_p
     frames = smooth_frames(8)
     config = AutoencoderTraining(model=TINY, batch_size=4)
     train_autoencoder(frames, frames, config, tmp_path / "run", 1, progress=False)
+    with pytest.raises(UserError, match="number of steps or frames"):
+        train_autoencoder(frames[::-1], frames, config, tmp_path / "run", 1, progress=False)
+    # A file from before frames were written down is of any.
+    with safe_open(tmp_path / "run" / "state.safetensors", framework="numpy") as file:
+        tensors, identity = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["identity"])
+    assert identity.pop("frames").startswith("8 ")
+    save_file(tensors, tmp_path / "run" / "state.safetensors", {"identity": json.dumps(identity)})
+    train_autoencoder(frames[::-1], frames, config, tmp_path / "run", 1, progress=False)
     with pytest.raises(UserError, match="belongs to a run with another config"):
         train_autoencoder(frames, frames, dataclasses.replace(config, kl=1.0), tmp_path / "run", 1, progress=False)
     with pytest.raises(UserError, match="does not divide"):

@@ -238,8 +238,29 @@ def test_two_videos_of_one_name_do_not_become_one_file(small_config, tmp_path):
     for part in ("a", "b"):
         (tmp_path / part).mkdir()
     folders = [_video(tmp_path / part / "left_0123", small_config)[0] for part in ("a", "b")]
-    with pytest.raises(UserError, match="two videos are named left_0123"):
+    with pytest.raises(UserError, match="left_0123 are of one ACT-Bench sample"):
         export.export_command(small_config, folders, tmp_path / "out", format_="act-bench")
+
+
+def test_what_act_bench_would_stumble_over_is_refused(small_config, tmp_path):
+    """Its scorer reads all .mp4 of the folder and tells them by the number at the end of their names, as an integer."""
+    video, other = (_video(tmp_path / name, small_config)[0] for name in ("left_0123", "right_123"))
+    with pytest.raises(UserError, match="left_0123 and right_123 are of one ACT-Bench sample"):
+        export.export_command(small_config, [video, other], tmp_path / "out", format_="act-bench")
+    (tmp_path / "out").mkdir()
+    for name, message in (("video.mp4", "ends in no number"), ("x_000123.mp4", "is of a sample to be exported")):
+        path = tmp_path / "out" / name
+        path.touch()
+        with pytest.raises(UserError, match=f"{name} {message}"):
+            export.export_command(small_config, [video], tmp_path / "out", format_="act-bench")
+        assert path.exists()
+        path.unlink()
+
+
+@pytest.mark.parametrize("size", ["00x00", "10x1600", "900x70000", "900"])
+def test_sizes_that_no_picture_has(size):
+    with pytest.raises(UserError, match=f"--size={size}"):
+        export.parse_size(size)
 
 
 def test_an_export_that_was_cut_short_is_made_again(small_config, tmp_path):

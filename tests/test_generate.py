@@ -33,7 +33,7 @@ from mila_jax.prepare import open_codec
 from mila_jax.rollout_program import Network, Parameters, RolloutProgram
 from mila_jax.start import from_scene, read_frames
 from mila_jax.train.loop import train
-from mila_jax.unfinished import Unfinished
+from mila_jax.unfinished import Unfinished, is_finished
 from mila_jax.views import VIEWS
 
 
@@ -341,6 +341,18 @@ def test_a_window_that_cannot_be_kept_is_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="window-00001.npy cannot be written .No space left"):
         kept.write(1, np.zeros((1, 2)))
     assert sorted(path.name for path in kept.folder.iterdir()) == ["identity.json", "window-00000.npy"]
+
+
+def test_damaged_windows_are_made_again_and_unknown_files_stay(tmp_path):
+    kept = Unfinished(tmp_path / "unfinished", {"seed": 0})
+    kept.write(0, np.zeros((1, 2)))
+    (kept.folder / "window-00001.npy").write_bytes(b"PK\x03\x04")
+    assert len(list(kept.read((1, 2)))) == 1
+    (tmp_path / "video.mp4").touch()
+    assert not is_finished(tmp_path, {}, ["video.mp4", "latents.npz"])  # of a run that ended between two files
+    kept.remove()
+    with pytest.raises(UserError, match="holds video.mp4, and nothing tells"):
+        is_finished(tmp_path, {}, ["video.mp4", "latents.npz"])
 
 
 def test_windows_of_another_video_are_removed_where_they_may_be(tmp_path):

@@ -254,6 +254,9 @@ def test_muon_on_a_mesh_gives_the_same_step(config, tmp_path):
         ("train.moments", "float16", "train.moments"), ("train.fps", (12.0,), "train.fps"), ("train.optimizer", "sgd", "train.optimizer"),
         ("train.foreground_weight", -1.0, "train.foreground_weight"), ("train.foreground_weight", 1.0, "data.foreground"),
         ("train.foreground_of", "all", "train.foreground_of"), ("train.foreground_of", "given", "train.foreground_weight"),
+        ("train.clip", 0.0, "train.clip"), ("train.eval_every", -1, "train.eval_every"), ("train.minutes", -1.0, "train.minutes"),
+        ("train.warmup", -1, "train.warmup"), ("train.text_drop", 3.0, "train.text_drop"), ("train.profile", (5,), "train.profile"),
+        ("train.fps", ("a", "b"), "train.fps"), ("train.level", "foo", "train.level"), ("window.tpd_family", "foo", "window.tpd_family"),
         ("window.tpd_strength", 50.0, "window.tpd_strength"), ("model.dtype", "bf16", "model.dtype"),
         ("model.precondition", "magic", "model.precondition"), ("mesh.tensor", 3, "mesh"), ("model.heads", 3, "model.heads"),
     ],
@@ -274,6 +277,30 @@ def test_folder_of_another_model_is_refused(config, tmp_path):
     other.model.depth = 2
     with pytest.raises(UserError, match="model.depth|does not fit"):
         loop.train(other, progress=False)
+
+
+def test_a_run_that_never_made_a_step_does_not_keep_its_folder(config, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    c = with_dir(config, tmp_path, steps=1)
+    wider = with_dir(config, tmp_path, steps=1)
+    wider.model.fourier_bands += 1
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.step_module, "jit_train_step", lambda *a, **k: full)
+        with pytest.raises(MemoryError):
+            loop.train(wider, progress=False)
+    assert loop.train(c, progress=False).finished
+    with pytest.raises(UserError, match="model.fourier_bands"):
+        loop.train(wider, progress=False)
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", '{"model_type": "t5"}'])
+def test_a_folder_of_something_else_is_refused(config, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json is not of a run"):
+        loop.train(with_dir(config, tmp_path), progress=False)
+    assert (tmp_path / "config.json").read_text() == content
 
 
 def test_unwritable_folder_is_one_line(config, tmp_path):

@@ -140,7 +140,13 @@ def test_what_was_recorded_is_not_made_up():
     chosen = choose_trajectory("left", standing, 5.0, 6.0)
     np.testing.assert_allclose(chosen.at([-0.25, -0.1, 0.0]), 0, atol=1e-9)
     assert chosen.at(0.5)[0] == pytest.approx(manoeuvre("left", 15.0, 6.0).at(0.5)[0])
-    assert np.abs(choose_trajectory("straight", standing, 5.0, None).at(5.0)).max() == 0  # at the recorded speed
+    assert np.abs(choose_trajectory("stop", standing, 5.0, None).at(5.0)).max() == 0  # at the recorded speed
+    for name in ("left", "right", "straight"):
+        with pytest.raises(UserError, match="stands at --start.*--speed"):
+            choose_trajectory(name, standing, 5.0, None)
+    for name in ("scene", None, "none", "w.csv"):
+        with pytest.raises(UserError, match="--speed goes with --waypoints=straight"):
+            choose_trajectory(name, standing, 5.0, 6.0)
     driving = Trajectory(times - times[12], (times - times[12])[:, None] * [[11.0, 0, 0]])
     np.testing.assert_allclose(choose_trajectory("straight", driving, 5.0, None).at([-0.25, 5.0])[:, 0], [-2.75, 55], atol=0.3)
     np.testing.assert_allclose(choose_trajectory("straight", None, 5.0, None).at([-0.25, 5.0])[:, 0], [-2, 40], atol=0.3)

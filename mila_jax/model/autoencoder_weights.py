@@ -153,8 +153,9 @@ def save_autoencoder(path, config: AutoencoderConfig, params: nnx.State, shift, 
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata)
         os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose a writable folder with room") from error
 
 
 def _read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

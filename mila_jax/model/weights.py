@@ -64,12 +64,13 @@ def save_model(path, params: nnx.State, config, data: dict, prior: Prior | None,
     if prior is not None:
         tensors |= {f"prior.{name}": np.asarray(value, np.float32) for name, value in prior._asdict().items()}
     header = {"format": "mila_jax.world_model.1", "config": config.to_json(), "data": json.dumps(data), "card": json.dumps(card)}
+    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata=header)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)  # what is left of it would keep a full disk full
         raise UserError(f"cannot write {path} ({getattr(error, 'strerror', None) or error}); choose a writable folder with room") from None
 
 

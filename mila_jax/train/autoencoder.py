@@ -15,6 +15,7 @@ uninterrupted one bit for bit.
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import sys
@@ -29,6 +30,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from data_pipeline.storage import is_remote
 from mila_jax.errors import UserError
 from mila_jax.model.autoencoder import AutoencoderConfig, abstract_autoencoder, make_autoencoder
 from mila_jax.model.autoencoder_weights import file_sha256, from_pixels, load_autoencoder, save_autoencoder, to_pixels
@@ -219,14 +221,17 @@ def train_autoencoder(
 
     frames_*: uint8 [n, H, W, 3]. In `out_dir`: state.safetensors (resume), metrics.jsonl, autoencoder.safetensors (EMA weights,
     latent shift and scale; also written when the time is up first). `init_from`: weights file to start from instead of random ones. UserError when sizes do not divide, when there are no
-    frames, or when `out_dir` holds a run with another config, seed or number of steps.
+    frames, or when `out_dir` holds a run with another config, seed, number of steps or frames, or is no folder of this machine.
     """
+    if is_remote(out_dir):
+        raise UserError(f"--out={out_dir} is an address; give a folder of this machine, and copy the weights from there")
     out_dir = Path(out_dir)
     if not len(frames_train) or not len(frames_val):
         raise UserError("autoencoder training needs at least one training and one held-out frame; write more scenes")
     config.model.latent_shape(*frames_train.shape[1:3])
     train_step = make_train_step(config, steps, seed)
     identity = {"config": dataclasses.asdict(config), "seed": seed, "steps": steps, "image_size": list(frames_train.shape[1:3])}
+    identity["frames"] = f"{len(frames_train)} {hashlib.sha256(np.ascontiguousarray(frames_train)).hexdigest()}"  # batches are drawn from them
     params = None
     if init_from is not None:
         given, params, _, _ = load_autoencoder(init_from)
@@ -293,7 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         print(_train_from(args))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _train_from(args) -> Path:

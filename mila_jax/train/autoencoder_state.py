@@ -32,8 +32,9 @@ def save_state(out_dir: Path, state, identity: dict) -> None:
             {name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}, partial, {"identity": json.dumps(identity, sort_keys=True)}
         )
         os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another --out") from error
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free space or choose another --out") from error
 
 
 def restore_state(out_dir: Path, fresh: State, identity: dict) -> State:
@@ -47,8 +48,9 @@ def restore_state(out_dir: Path, fresh: State, identity: dict) -> State:
         if not path.exists():
             return fresh
         with safe_open(path, framework="numpy") as file:
-            if (file.metadata() or {}).get("identity") != json.dumps(identity, sort_keys=True):
-                raise UserError(f"{path} belongs to a run with another config, seed or number of steps; choose another --out or remove it")
+            saved = json.loads((file.metadata() or {}).get("identity", "{}"))
+            if {"frames": identity.get("frames")} | saved != json.loads(json.dumps(identity)):  # older files do not tell of their frames
+                raise UserError(f"{path} belongs to a run with another config, seed, number of steps or frames; choose another --out or remove it")
             leaves = [jnp.asarray(file.get_tensor(name)) for name in _named_leaves(fresh)]
     except SafetensorError as error:
         raise UserError(f"{path} is broken ({error}); remove it to start over") from error

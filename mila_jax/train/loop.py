@@ -89,16 +89,21 @@ class _Run:
                 self.checkpoints.set_aside_after(start)
         else:
             state = trainer.initial_state()
-        # From here on the folder belongs to this run.
-        distributed.on_first("write config.json", lambda: write_atomically(trainer.folder / "config.json", self.identity.encode()))
         writer = open_things.enter_context(contextlib.closing(self._writer(start)))
         last = settings.steps if stop_after is None else min(settings.steps, start + stop_after)
+        if start or last == start:
+            self._claim()
         bar = tqdm.tqdm(total=settings.steps, initial=start, desc="train", unit="step", disable=not self.progress)
         open_things.enter_context(contextlib.closing(bar))
         notice = Notice()
         open_things.enter_context(notice.listening())
         state, step, why = self._steps(state, start, last, notice, writer, bar)
         return self._leave(state, start, step, why, notice, writer)
+
+    def _claim(self) -> None:
+        """From here on the folder belongs to this run. Not before the first step: a mistake that only the compiler finds, or too little memory,
+        must not keep the corrected run out."""
+        distributed.on_first("write config.json", lambda: write_atomically(self.trainer.folder / "config.json", self.identity.encode()))
 
     def abstract(self):
         """The state as shapes."""
@@ -132,6 +137,8 @@ class _Run:
                 if step == start + 1:
                     with clock("compile"):  # and run once: constants move to the devices here, which later on would be a mistake
                         state, metrics = jax.block_until_ready(trainer.step(state, batch, trainer.key))
+                    if not start:
+                        self._claim()
                     guard.enter_context(jax.transfer_guard("disallow"))
                 else:
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -142,12 +149,12 @@ class _Run:
                 evaluates, saves = evaluation is not None and step % settings.eval_every == 0, step % settings.checkpoint_every == 0 and step < last
                 if evaluates or saves:
                     jax.block_until_ready(metrics)  # both wait for the device anyway; here it counts as steps
+                if saves:  # before anything that an evaluation may run into
+                    with clock("checkpoint"), jax.transfer_guard("allow"):
+                        self._save(state, step, metrics)
                 if evaluates:
                     with clock("evaluation"), jax.transfer_guard("allow"):
                         self._evaluate(evaluation, state, step, writer)
-                if saves:
-                    with clock("checkpoint"), jax.transfer_guard("allow"):
-                        self._save(state, step, metrics)
                 if deadline is not None and step % settings.log_every == 0 and distributed.agree(float(time.monotonic() > deadline)):
                     log.flush()
                     return state, step, "minutes"
@@ -352,8 +359,18 @@ def _check_same_run(folder, beside_checkpoint: dict | None, config, now: dict) -
     path = folder / "config.json"
     if not path.exists() and not beside_checkpoint:
         return
-    before = json.loads(path.read_text()) if path.exists() else beside_checkpoint
-    absent = {"model.evidence": False, "model.mixture": False, "window.inner_anchors": False}  # settings that older runs do not name, and what they were
+    try:
+        before = json.loads(path.read_text()) if path.exists() else beside_checkpoint
+        ours = isinstance(before, dict) and {"model", "window", "seed", "train"} <= before.keys() and "init_from" in before["train"]
+    except ValueError:
+        ours = False
+    if not ours:
+        raise UserError(f"{path} is not of a run of `mila train`; choose another train.dir")
+    absent = {
+        "model.evidence": False,
+        "model.mixture": False,
+        "window.inner_anchors": False,
+    }  # settings that older runs do not name, and what they were
     different = [
         name for part in ("model", "window", "data_description") for key in now[part]
         if before.get(part, {}).get(key, absent.get(name := f"{part}.{key}")) != now[part][key]

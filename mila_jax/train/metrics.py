@@ -6,6 +6,7 @@ import math
 import pathlib
 import sys
 
+from data_pipeline.records import write_atomically
 from mila_jax.errors import UserError
 from mila_jax.evaluate.video import write_png
 
@@ -27,8 +28,10 @@ class MetricWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) is not None and _step(line) <= resumed_at]
-            path.write_text("".join(line + "\n" for line in kept))
+            before = path.read_text()
+            kept = "".join(line + "\n" for line in before.splitlines() if _step(line) is not None and _step(line) <= resumed_at)
+            if kept != before:
+                write_atomically(path, kept.encode())
         self._lines = path.open("a")
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from mila_jax.errors import UserError
-from mila_jax.flow.rectified_flow import add_noise, draw_levels, masked_loss, velocity_target
+from mila_jax.flow.rectified_flow import DISTRIBUTIONS, add_noise, draw_levels, masked_loss, velocity_target
 from mila_jax.flow.sampler import noise_like
-from mila_jax.flow.schedules import check_anchor, check_strength, training_levels
+from mila_jax.flow.schedules import FAMILIES, check_anchor, check_strength, training_levels
 from mila_jax.model.conditions import from_clip
 from mila_jax.model.network import make_velocity
 from mila_jax.parallel.compiler_options import options_of
@@ -44,10 +44,15 @@ class Objective:
 
     @classmethod
     def from_config(cls, config) -> "Objective":
-        """Raises `UserError` when the anchor's level is below its error, for a wrong strength of TPD, weight of vehicles or stride of anchors."""
+        """Raises `UserError` when the anchor's level is below its error, for names that are unknown, and for a wrong strength of TPD, weight of
+        vehicles or stride of anchors."""
         check_anchor(config.window.anchor_error, config.window.anchor_level)
         check_strength(config.window.tpd_strength)
         t, w = config.train, config.window
+        if t.level not in DISTRIBUTIONS:
+            raise UserError(f"train.level={t.level!r} is unknown; use one of {', '.join(DISTRIBUTIONS)}")
+        if w.tpd_family not in FAMILIES:
+            raise UserError(f"window.tpd_family={w.tpd_family!r} is unknown; use one of {', '.join(FAMILIES)}")
         if w.get("inner_anchors", False) and w.anchor_stride < 1:
             raise UserError(f"window.anchor_stride={w.anchor_stride} must be positive")
         if t.get("foreground_weight", 0.0) < 0:

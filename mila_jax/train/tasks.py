@@ -19,6 +19,9 @@ def clip_specs(config) -> tuple[list[ClipSpec], list[float]]:
     window, train = config.window, config.train
     if len(train.fps) != len(train.fps_weights):
         raise UserError(f"train.fps={tuple(train.fps)} and train.fps_weights={tuple(train.fps_weights)} must have equally many entries")
+    for key in ("fps", "fps_weights"):
+        if not all(isinstance(x, (int, float)) for x in train[key]):
+            raise UserError(f"train.{key}={tuple(train[key])} must be numbers")
     which = train.get("conditioning_fps", "both")
     if which not in ("video", "same", "both"):
         raise UserError(f"train.conditioning_fps={which!r} is unknown; use video, same or both")

@@ -209,8 +209,17 @@ def check_config(config) -> None:
     for key in ("steps", "batch", "log_every", "checkpoint_every", "eval_batches", "keep", "accumulate", "skip_limit", "save_failures"):
         if config.train[key] < 1:
             raise UserError(f"train.{key}={config.train[key]} must be at least 1")
+    for key in ("warmup", "eval_every", "keep_every", "minutes", "weight_decay", "context_level"):
+        if not config.train.get(key, 0) >= 0:
+            raise UserError(f"train.{key}={config.train[key]} must not be negative")
+    for key in ("learning_rate", "clip", "epsilon"):
+        if not config.train[key] > 0:
+            raise UserError(f"train.{key}={config.train[key]} must be above 0")
+    for key in ("tpd_rate", "context_rate", "text_drop", "waypoint_drop", "anchor_rate", "anchor_noisy", "beta2", "ema"):
+        if not 0 <= config.train.get(key, 0) <= 1:
+            raise UserError(f"train.{key}={config.train[key]} must lie between 0 and 1")
     if not config.train.explode > 1:
         raise UserError(f"train.explode={config.train.explode} must be above 1: times the average from which on a loss is not believed")
-    start, count = config.train.profile
-    if start < 0 or count < 0:
-        raise UserError(f"train.profile={tuple(config.train.profile)} must be (first step, number of steps), none negative")
+    profile = tuple(config.train.profile)
+    if len(profile) != 2 or min(profile) < 0:
+        raise UserError(f"train.profile={profile} must be (first step, number of steps), none negative")
