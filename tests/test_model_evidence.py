@@ -45,7 +45,7 @@ def _seen(y, levels, weights, with_evidence, sweep=len(CORRIDORS)):
     return seen["input"]
 
 
-@pytest.mark.parametrize("sweep", [4, len(CORRIDORS)])
+@pytest.mark.parametrize("sweep", [len(CORRIDORS), pytest.param(4, marks=pytest.mark.slow)])
 def test_what_the_network_is_told(sweep):
     """After what it sees without evidence: the guesses mixed, and two carried misfits of each corridor."""
     y, c = jax.random.normal(jax.random.key(1), (1, 6, 5, 2, 3, 2)), _conditions()
