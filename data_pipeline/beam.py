@@ -29,9 +29,9 @@ class EncodeScene(beam.DoFn):
 
     def setup(self):
         """Opens the data set and the networks, once in each worker."""
-        from mila_jax.runtime import setup
+        from mila_jax.runtime import use_chosen_platform
 
-        setup()
+        use_chosen_platform()
         self.encoder, _ = open_from_settings(self.settings)
 
     def process(self, number: int):

@@ -52,9 +52,9 @@ def run_workers(settings: str, part: Part, workers: int) -> None:
 def _worker(settings: str, part: Part) -> None:
     import jax
 
-    from mila_jax.runtime import setup
+    from mila_jax.runtime import use_chosen_platform
 
-    setup()  # a fresh process knows nothing of what the command chose
+    use_chosen_platform()
     if jax.default_backend() != "cpu":
         raise UserError(
             f"data.workers is for CPUs: a {jax.default_backend().upper()} belongs to one process, which uses all its devices; set data.workers=1"

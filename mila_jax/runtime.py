@@ -28,9 +28,7 @@ def setup() -> None:
 
     MILA_CACHE: the folder, default ~/.cache/mila_jax; empty = off. Without an accelerator, `setup_cpu`.
     """
-    platforms = choose_platform()
-    if platforms is not None:
-        jax.config.update("jax_platforms", platforms)
+    use_chosen_platform()
     if runs_on_cpu():
         setup_cpu()
     folder = os.environ.get("MILA_CACHE", str(pathlib.Path.home() / ".cache" / "mila_jax"))
@@ -42,6 +40,13 @@ def setup() -> None:
         return  # a read-only home is no reason not to run
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LONG_COMPILE)
+
+
+def use_chosen_platform() -> None:
+    """What a fresh process has to be told of it; flags of compilers are in the environment, which it inherits."""
+    platforms = choose_platform()
+    if platforms is not None:
+        jax.config.update("jax_platforms", platforms)
 
 
 def runs_on_cpu(root="/") -> bool:
