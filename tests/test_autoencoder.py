@@ -176,6 +176,13 @@ def test_published_safetensors_load_with_their_config_beside_them(tmp_path):
     assert loaded == config and shift.tolist() == [0] * 4 and scale.tolist() == [2] * 4
 
 
+def test_a_place_that_is_no_folder_is_one_clear_line(tmp_path, tiny_file):
+    (tmp_path / "file").touch()
+    config, params, shift, scale = load_autoencoder(tiny_file)
+    with pytest.raises(UserError, match="cannot write"):
+        save_autoencoder(tmp_path / "file" / "a.safetensors", config, params, shift, scale, {})
+
+
 def test_missing_and_broken_files_are_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="no autoencoder weights at .*absent"):
         make_codec(tmp_path / "absent.safetensors")

@@ -5,6 +5,7 @@ One layout for both. Our file is a published state dict (diffusers names, OIHW c
 everything, and the parity check on published weights covers our own files too.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -154,7 +155,8 @@ def save_autoencoder(path, config: AutoencoderConfig, params: nnx.State, shift, 
         save_file(tensors, partial, metadata)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose a writable folder with room") from error
 
 

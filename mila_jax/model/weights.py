@@ -4,6 +4,7 @@ The header holds (as JSON) the config, the latents' shape, the text encoder and 
 itself whether it fits a data set. Loading executes nothing.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -70,7 +71,8 @@ def save_model(path, params: nnx.State, config, data: dict, prior: Prior | None,
         save_file(tensors, partial, metadata=header)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)  # what is left of it would keep a full disk full
+        with contextlib.suppress(OSError):  # what is left of it would keep a full disk full
+            partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({getattr(error, 'strerror', None) or error}); choose a writable folder with room") from None
 
 

@@ -3,6 +3,7 @@
 A file of a few megabytes on one machine needs no checkpoint manager; the world model's training, which is sharded, has one.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -33,7 +34,8 @@ def save_state(out_dir: Path, state, identity: dict) -> None:
         )
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free space or choose another --out") from error
 
 
