@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
     c.model.sweep = 0  # with motion: corridors, up to 9, over which frames are carried for the network to choose from (same file)
     c.model.evidence = False  # with a sweep: the network is told which corridor is right where (mila_jax/model/evidence.py)
     c.model.mixture = False  # with a sweep: the network also weighs what the corridors show, place by place (mila_jax/model/precondition.py)
+    c.model.detail = 0  # channels of convolutions at every place of the latents, beside the patches (mila_jax/model/detail.py); 0 = none
     c.model.dtype = "bfloat16"
     c.model.remat = "block"  # none | dots+attention | dots | attention+mlp | attention+results | attention | block | offload, or two of them for
     # the first pairs and for the others, dots:4:block (mila_jax/model/remat.py)

@@ -18,6 +18,7 @@ def get_config():
     c.model.ray_rotary = True
     c.model.precondition = "motion"
     c.model.sweep, c.model.evidence, c.model.mixture = 9, True, True
+    c.model.detail = 64
     c.model.dtype, c.model.remat = "float32", "none"
     # From four frames: 83 ms of two tell too little of how fast other cars go.
     c.window.frames, c.window.conditioning = 10, 4

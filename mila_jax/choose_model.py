@@ -55,14 +55,24 @@ def signature(model: WorldModel, generate) -> str:
     return model.sha256 if model.guide is None else f"{model.sha256}+{model.guide.sha256}@{generate.guidance_model:g}"
 
 
+DESCRIBED = ("autoencoder_sha256", "latent_shape", "temporal", "temporal_sha256", "text_encoder", "text_shape", "text_sha256")
+
+
+def unlike(data: dict, other: dict) -> str | None:
+    """The first key of `DESCRIBED` in which two descriptions of data (`WorldModel.data`) differ, or None."""
+    for key in DESCRIBED:
+        mine, theirs = data.get(key), other.get(key)
+        # A text encoder without weights of its own has no hash, nor have descriptions of before it was written down.
+        if mine != theirs and not (key == "text_sha256" and None in (mine, theirs)):
+            return key
+    return None
+
+
 def with_guide(model: WorldModel, guide: WorldModel, name: str) -> WorldModel:
     """`model` with a guide, which may have other sizes, but has to be for the same latents and text. Raises `UserError` otherwise."""
     ours, theirs = ({"temporal": "none"} | each.data for each in (model, guide))
-    for key in ("autoencoder_sha256", "latent_shape", "temporal", "temporal_sha256", "text_encoder", "text_shape", "text_sha256"):
-        if key == "text_sha256" and None in (ours.get(key), theirs.get(key)):
-            continue
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{name} was trained with {key} {theirs.get(key)}, the model with {ours.get(key)}; set generate.guide to weights for the same data"
-            )
+    if key := unlike(ours, theirs):
+        raise UserError(
+            f"{name} was trained with {key} {theirs.get(key)}, the model with {ours.get(key)}; set generate.guide to weights for the same data"
+        )
     return dataclasses.replace(model, guide=guide)

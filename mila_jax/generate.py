@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from mila_jax.choose_model import unlike
 from mila_jax.chunks import Chunks, chunks_of
 from mila_jax.decode import decode_frames  # noqa: F401 (a part of this module's interface)
 from mila_jax.errors import UserError
@@ -258,11 +259,8 @@ def check_data(model: WorldModel, data_dir) -> None:
         "text_shape": "prepare it with that text.length",
         "text_sha256": "prepare it with those weights of the text encoder (text.path)",
     }
-    for key, remedy in remedies.items():
-        if key == "text_sha256" and None in (data.get(key), model.data.get(key)):
-            continue  # of an encoder without weights of its own, or of before they were written down
-        if data.get(key) != model.data.get(key):
-            raise UserError(f"{data_dir} has {key} {data.get(key)}, the model was trained with {model.data.get(key)}; {remedy}")
+    if key := unlike(data, model.data):
+        raise UserError(f"{data_dir} has {key} {data.get(key)}, the model was trained with {model.data.get(key)}; {remedies[key]}")
 
 
 def window_settings(model: WorldModel, config):

@@ -10,6 +10,7 @@ import numpy as np
 from mila_jax.chunks import CHUNKS
 from mila_jax.errors import UserError
 from mila_jax.model.autoencoder_weights import Codec, make_codec
+from mila_jax.model.temporal_autoencoder import SPATIAL_SCALE
 from mila_jax.model.text import INSTALL, make_text_encoder
 from mila_jax.model.video_codec import VideoCodec, make_video_codec
 from mila_jax.unfinished import differences
@@ -52,6 +53,16 @@ def open_video_codec(config, codec: Codec) -> VideoCodec | None:
     return make_video_codec(kind, codec, path)
 
 
+def note_scale(codec: Codec) -> None:
+    """Tells where pictures' latents are scaled otherwise than published temporal weights know them."""
+    if not (np.allclose(codec.scale, 1 / SPATIAL_SCALE, rtol=1e-3) and np.allclose(codec.shift, 0)):
+        print(
+            f"note: published weights of autoencoder.temporal know pictures' latents times {SPATIAL_SCALE}; autoencoder.path's are scaled otherwise "
+            "(scaling_factor in the config.json beside it)",
+            file=sys.stderr,
+        )
+
+
 def open_text_encoder(config):
     """The text encoder that the config names."""
     return make_text_encoder(config.text.encoder, config.text.length, config.text.get("path"), config.text.get("tokenizer"))
@@ -80,6 +91,7 @@ def open_encoder(config):
         meta["foreground"] = "vehicles"
     video = open_video_codec(config, codec)
     if video is not None:
+        note_scale(codec)
         meta |= {"temporal": video.kind, "temporal_sha256": video.sha256}
     job = make_job((video or codec).latent_shape(height, width), (height, width), codec.shift, codec.scale, meta)
     return SceneEncoder(nusc, config.data.dir, codec.encode, job, codec.chunk, video), text

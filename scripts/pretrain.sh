@@ -15,8 +15,9 @@ $python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes" \
 $python -m mila_jax.train.autoencoder --data="$runs/nuscenes" --out="$runs/autoencoder" --steps=6000 --batch-size=8
 $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes" --config.data.dir="$runs/encoded" \
   --config.data.foreground=True --config.autoencoder.path="$autoencoder"
-nothing_weighed="--config.model.mixture=False"  # all but the last stage
-six="--config.model.sweep=6 --config.model.evidence=False $nothing_weighed"  # all but the last two stages: the guide stays so
+plain="--config.model.detail=0"  # all but the last stage
+nothing_weighed="--config.model.mixture=False $plain"  # all but the last two
+six="--config.model.sweep=6 --config.model.evidence=False $nothing_weighed"  # all but the last three stages: the guide stays so
 short="--config.window.frames=8 --config.window.conditioning=2 --config.train.optimizer=adamw $six"  # as they were trained
 # A first network, smaller and without the sweep; the three stages grow it.
 $python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/encoded" --config.train.dir="$runs/base" --config.train.steps=4000 \
@@ -25,7 +26,7 @@ $python -m mila_jax train --config=configs/tiny.py --config.data.dir="$runs/enco
 data="$runs/encoded"
 stage() {  # number, weights to start from, further arguments
   local number="$1" from="$2"; shift 2
-  $python -m mila_jax train --config="configs/tiny.py:stage${number%[bcdefgh]}" --config.data.dir="$data" --config.train.dir="$runs/stage$number" \
+  $python -m mila_jax train --config="configs/tiny.py:stage${number%[b-i]}" --config.data.dir="$data" --config.train.dir="$runs/stage$number" \
     --config.train.init_from="$from" --config.train.learning_rate=8e-4 --config.train.single_frame=0.2 --config.train.checkpoint_every=100 "$@"
 }
 # Windows of 2 + 12 frames at 1 Hz are longer than the scenes, so stage 1 has two rates; the patch embedding is new where the sweep enters.
@@ -83,8 +84,10 @@ $python -m mila_jax simulate --config=configs/tiny.py --out="$runs/nuscenes_last
 $python -m mila_jax prepare --config=configs/tiny.py --config.data.nuscenes="$runs/nuscenes_last" --config.data.dir="$runs/encoded_last" \
   --config.autoencoder.path="$autoencoder"
 data="$runs/encoded_last"
-# This file says that its windows start from two frames; the shipped one was made to say four, which is generate.conditioning=4 here.
-stage 3h "$runs/stage3g/model.safetensors" "${from_four[@]}" --config.train.warmup=100 --config.train.steps=2500 --config.seed=16 "$@"
+stage 3h "$runs/stage3g/model.safetensors" "${from_four[@]}" $plain --config.train.warmup=100 --config.train.steps=2500 --config.seed=16
+# On the same scenes with convolutions at the latents' places. This file says that its windows start from two frames; the shipped one was made to
+# say four, which is generate.conditioning=4 here.
+stage 3i "$runs/stage3h/model.safetensors" "${from_four[@]}" --config.train.warmup=100 --config.train.steps=2600 --config.seed=17 "$@"
 echo "$autoencoder"
-echo "$runs/stage3h/model.safetensors"
+echo "$runs/stage3i/model.safetensors"
 echo "$runs/guide2/model.safetensors"

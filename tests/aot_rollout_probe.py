@@ -16,11 +16,11 @@ from mila_jax.config import load_config
 from mila_jax.flow.rollout import make_rows, make_tables, start_state
 from mila_jax.generate import make_plan, shared_conditions, stage_conditions
 from mila_jax.flow.rollout import SamplerOptions
+from mila_jax.model.stdit3_weights import abstract_model
 from mila_jax.model.weights import model_config
 from mila_jax.parallel.aot.sizes import data_description
 from mila_jax.rollout_program import Layout, Network, Parameters, RolloutProgram, evaluations, generation_mesh, generation_rules
 from mila_jax.start import FRAME_RATE, Start
-from mila_jax.train.state import abstract_model
 from mila_jax.trajectory import manoeuvre
 from tests.parallel_probe import count_collectives
 

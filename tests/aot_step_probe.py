@@ -11,9 +11,10 @@ import jax
 from jax.experimental import topologies
 
 from mila_jax.model.dit import DiTConfig
+from mila_jax.model.stdit3_weights import abstract_model
 from mila_jax.parallel.logical import rules_of, use_rules
 from mila_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from mila_jax.train.state import abstract_model, abstract_state, state_shardings
+from mila_jax.train.state import abstract_state, state_shardings
 from mila_jax.train.step import jit_train_step
 from tests.parallel_probe import OBJECTIVE, count_collectives, make_clip, recorder
 

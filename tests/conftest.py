@@ -10,6 +10,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 LEVEL = "--xla_backend_optimization_level"
 if LEVEL not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}=1".strip()
+# NumPy's products and eigenvalues here are small; threads of theirs would only wait, spinning, for cores that other workers have.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 XLA_FLAGS = os.environ["XLA_FLAGS"]  # before a command run by some test sets its own
 
 import jax
@@ -73,6 +75,7 @@ def small_config(tmp_path_factory):
     config.text.encoder, config.text.length = "table", 8
     config.model.width, config.model.depth, config.model.heads, config.model.fourier_bands = 16, 1, 2, 2
     config.model.sweep = 2  # corridors are most of such a small program (all nine: tests/test_model_evidence.py)
+    config.model.detail = 0  # tests/test_model_detail.py
     config.window.frames, config.window.conditioning = 8, 2
     config.train.batch, config.train.steps, config.train.warmup, config.train.log_every = 4, 8, 2, 2
     config.train.checkpoint_every, config.train.eval_every, config.train.eval_batches = 4, 0, 1

@@ -19,7 +19,7 @@ from mila_jax.generate import Generator
 from mila_jax.model.precondition import SCALES, Prior
 from mila_jax.model.weights import WorldModel, model_config
 from mila_jax.start import Start
-from mila_jax.train.state import abstract_model
+from mila_jax.model.stdit3_weights import abstract_model
 from mila_jax.trajectory import manoeuvre
 from mila_jax.views import VIEWS
 

@@ -1,10 +1,11 @@
 """Run in a child process with eight host devices: the train step of a small model under one mesh and mode after the other.
 
 `python -m tests.parallel_probe CASES.json OUT.npz`; cases: name → {"mesh": sizes, "mode": attention.parallel, "gather": mesh.gather (default
-layer), "rules": mesh.rules (default none), "accumulate": parts of a batch (default 1)}. The optimizer only records, so that the very step that is trained with returns every
+layer), "rules": mesh.rules (default none), "accumulate": parts of a batch (default 1), "detail": model.detail (default 0)}. The optimizer only records, so that the very step that is trained with returns every
 gradient. Collectives are counted in its compiled program.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -54,9 +55,9 @@ def make_clip(sizes=None) -> dict:
     )  # fmt: skip
 
 
-def random_parameters():
+def random_parameters(config=CONFIG):
     """All parameters random (also those that start at zero, whose branches would be silent), on one device."""
-    _, params = abstract_model(CONFIG)
+    _, params = abstract_model(config)
     r = np.random.default_rng(1)
     return jax.tree.map(lambda x: (0.2 * r.normal(size=x.shape)).astype(np.float32), params)
 
@@ -68,14 +69,14 @@ def count_collectives(text: str) -> dict:
 
 def run(case, config=CONFIG) -> dict:
     """Loss, velocity, gradients by parameter name, and collectives of one case."""
-    count = int(np.prod(list(case["mesh"].values())))
+    count, config = int(np.prod(list(case["mesh"].values()))), dataclasses.replace(config, detail=case.get("detail", 0))
     mesh, rules = make_mesh(case["mesh"], jax.devices()[:count]), rules_of(case["mode"], case.get("rules", {}), case.get("gather", "layer"))
     graphdef, _ = abstract_model(config)
     with use_rules(**rules):
         check_divides(mesh, SIZES["b"], config.heads, config.width, SIZES["t"], SIZES["h"] * SIZES["w"] // 4)
         shardings, batches = state_shardings(mesh, config, recorder()), batch_sharding(mesh)
         with jax.set_mesh(mesh):
-            state = create_state(mesh, config, recorder(), 0, random_parameters())
+            state = create_state(mesh, config, recorder(), 0, random_parameters(config))
             clip = jax.device_put(make_clip(), batches)
     static = dict(graphdef=graphdef, config=config, prior=None)
     key = jax.random.key(3)

@@ -531,7 +531,7 @@ def test_the_wrong_autoencoder_is_noticed(trained, tmp_path, capsys, small_confi
     assert open_codec(small_config).sha256 != open_codec(config_with(config, other)).sha256
 
 
-def test_data_of_another_kind_is_noticed(trained, tmp_path):
+def test_data_of_another_kind_is_noticed(trained, monkeypatch):
     config, _ = trained
     model, codec = load_model(config.generate.weights), open_codec(config)
     generate.check_fits(model, codec, config.data.dir)
@@ -539,6 +539,10 @@ def test_data_of_another_kind_is_noticed(trained, tmp_path):
         other = dataclasses.replace(model, data=model.data | {key: value})
         with pytest.raises(UserError, match="another autoencoder" if key == "autoencoder_sha256" else key):
             generate.check_fits(other, codec, config.data.dir)
+    monkeypatch.setattr(generate, "describe_data", lambda _: model.data | {"text_sha256": "1"})
+    generate.check_data(model, "data")  # trained before that was written down
+    with pytest.raises(UserError, match="data has text_sha256 1, the model was trained with 2; .*text.path"):
+        generate.check_data(dataclasses.replace(model, data=model.data | {"text_sha256": "2"}), "data")
 
 
 def test_evaluate_prints_scores(trained, tmp_path, capsys, monkeypatch):

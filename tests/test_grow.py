@@ -1,6 +1,7 @@
 """Weights that start a larger network: the same function at the first step, and every new parameter can learn."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -8,48 +9,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from mila_jax.choose_model import SHIPPED
 from mila_jax.errors import UserError
-from mila_jax.model.conditions import from_clip
-from mila_jax.model.grow import can_grow, grow
-from mila_jax.model.network import make_velocity
-from mila_jax.model.precondition import SCALES, Prior, input_channels
-from mila_jax.model.stdit3_weights import create
-from mila_jax.model.weights import load_model, merge_parameters
+from mila_jax.model.grow import can_grow
+from mila_jax.model.precondition import input_channels
+from mila_jax.model.weights import load_model
 from mila_jax.train.loop import _check_same_run
 from mila_jax.train.trainer import Trainer
+from tests.grown import by_name, grown, velocity
 from tests.parallel_probe import CONFIG, make_clip
 
 SMALL = dataclasses.replace(CONFIG, width=16, heads=2, depth=1, unroll=1)
 LARGE = dataclasses.replace(SMALL, depth=2, in_channels=6)
 
 
-def _grown():
-    _, params = create(SMALL)
-    r = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * r.normal(size=x.shape), jnp.float32), params)
-    arrays = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(params)}
-    _, fresh = create(LARGE, seed=1)
-    return params, merge_parameters(fresh, grow(arrays, SMALL, LARGE, fresh), source="test")
-
-
 def test_is_the_same_function_and_can_become_another():
-    params, grown = _grown()
-    clip = make_clip()
-    x = jnp.asarray(clip["latents"], jnp.float32)
-    more = jax.random.normal(jax.random.key(0), x.shape[:-1] + (4,))
-    levels = jnp.full(x.shape[:3], 0.5)
-    c = from_clip(clip)
-    before = jax.jit(lambda p: make_velocity(create(SMALL)[0], p, SMALL)(x, levels, c))(params)
+    params, larger = grown(SMALL, LARGE)
+    x = jnp.asarray(make_clip()["latents"], jnp.float32)
+    more = jnp.concatenate([x, jax.random.normal(jax.random.key(0), x.shape[:-1] + (4,))], -1)
 
     @jax.jit
-    def after(params):
-        return make_velocity(create(LARGE)[0], params, LARGE)(jnp.concatenate([x, more], -1), levels, c)
+    @functools.partial(jax.grad, has_aux=True)
+    def squared(p):
+        v = velocity(LARGE, p, more)
+        return (v**2).sum(), v
 
-    np.testing.assert_allclose(after(grown), before, atol=1e-5)
-    gradient = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(jax.grad(lambda p: (after(p) ** 2).sum())(grown))}
+    gradient, same = squared(larger)
+    np.testing.assert_allclose(same, velocity(SMALL, params), atol=1e-5)
+    gradient = by_name(gradient)
     new_rows = gradient["patch.kernel"][SMALL.in_channels * 4 :]
     assert new_rows.size and float(jnp.abs(new_rows).min(axis=1).max()) > 0
     for branch in ("spatial.attn.proj", "spatial.mlp.fc2", "temporal.attn.proj", "temporal.mlp.fc2"):
@@ -77,22 +65,11 @@ def test_corridors_and_evidence_are_only_added_and_in_this_order(small, large, g
 
 
 def test_more_corridors_and_evidence_change_nothing_at_first():
-    r = np.random.default_rng(0)
     small, large = (
         dataclasses.replace(SMALL, in_channels=input_channels(2, sweep, told), sweep=sweep, evidence=told) for sweep, told in ((6, False), (9, True))
     )
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * r.normal(size=x.shape), jnp.float32), create(small)[1])
-    arrays = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(params)}
-    fresh = create(large, seed=1)[1]
-    grown = merge_parameters(fresh, grow(arrays, small, large, fresh), source="test")
-    clip = make_clip()
-    x, c = jnp.asarray(clip["latents"], jnp.float32), from_clip(clip)
-    prior = Prior(np.eye(2, dtype=np.float32), np.full((x.shape[1], 2, len(SCALES)), 1 / len(SCALES), np.float32))
-    levels = jnp.where(jnp.arange(x.shape[2]) < 2, 0.0, 0.5) * jnp.ones(x.shape[:3])
-    before, after = (
-        jax.jit(lambda p, dit=dit: make_velocity(create(dit)[0], p, dit, prior)(x, levels, c))(p) for p, dit in ((params, small), (grown, large))
-    )
-    np.testing.assert_allclose(after, before, atol=1e-5)
+    params, larger = grown(small, large)
+    np.testing.assert_allclose(velocity(large, larger), velocity(small, params), atol=1e-5)
 
 
 def test_a_start_with_other_corridors_that_cannot_grow_is_refused_by_name(tmp_path):
@@ -101,7 +78,7 @@ def test_a_start_with_other_corridors_that_cannot_grow_is_refused_by_name(tmp_pa
         config=types.SimpleNamespace(train=types.SimpleNamespace(init_from=str(SHIPPED)), seed=0),
         dit=dataclasses.replace(load_model(SHIPPED).dit, sweep=4), _check_start=lambda described: None,
     )  # fmt: skip
-    with pytest.raises(UserError, match="model.sweep=9, model.evidence=True, model.mixture=.*, which cannot go on with 4"):
+    with pytest.raises(UserError, match="model.sweep=9, model.evidence=True, model.mixture=.*, model.detail=0, which cannot go on with 4"):
         Trainer.initial_state(trainer)
 
 

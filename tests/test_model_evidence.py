@@ -7,7 +7,7 @@ import pytest
 
 from configs import tiny
 from mila_jax.errors import UserError
-from mila_jax.model import motion
+from mila_jax.model import motion, precondition
 from mila_jax.model.evidence import NEARER, SHARPNESS, best_sources, evidence, misfits
 from mila_jax.model.motion import CORRIDORS
 from mila_jax.model.network import dit_config
@@ -34,6 +34,10 @@ def test_sources_are_the_cleanest_frames_nearest_in_time():
     assert best_sources(jnp.zeros((1, 6, 4)), jnp.arange(4)[None] / 12)[0].tolist() == [1, 0, 1, 2]  # of two neighbours, the earlier
 
 
+# What is called for each corridor anew and loops: without this, each call would compile its loop again.
+COMPILED = {name: jax.jit(getattr(precondition, name)) for name in ("inverse", "combine")}
+
+
 def _seen(y, levels, weights, with_evidence, sweep=len(CORRIDORS)):
     seen = {}
 
@@ -41,7 +45,10 @@ def _seen(y, levels, weights, with_evidence, sweep=len(CORRIDORS)):
         seen["input"] = latents
         return jnp.zeros_like(latents[..., :2])
 
-    preconditioned(network, Prior(np.eye(2, dtype=np.float32), weights), sweep, with_evidence)(y, levels, _conditions())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in COMPILED.items():
+            patch.setattr(precondition, name, function)
+        preconditioned(network, Prior(np.eye(2, dtype=np.float32), weights), sweep, with_evidence)(y, levels, _conditions())
     return seen["input"]
 
 

@@ -6,19 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from configs import tiny
 from mila_jax.errors import UserError
 from mila_jax.flow.rectified_flow import data_estimate
-from mila_jax.model.conditions import from_clip
-from mila_jax.model.grow import can_grow, grow
+from mila_jax.model.grow import can_grow
 from mila_jax.model.motion import CORRIDORS
-from mila_jax.model.network import dit_config, make_velocity
-from mila_jax.model.precondition import SCALES, Prior, covariance, input_channels, mixture_size, moved_mean, preconditioned
-from mila_jax.model.stdit3_weights import create
-from mila_jax.model.weights import merge_parameters
-from tests.parallel_probe import CONFIG, make_clip
+from mila_jax.model.network import dit_config
+from mila_jax.model.precondition import Prior, covariance, input_channels, mixture_size, moved_mean, preconditioned
+from tests.grown import grown, velocity
+from tests.parallel_probe import CONFIG
 from tests.test_model_precondition import LEVELS, TIMES, WAYPOINTS, _conditions, _covariance, _weights
 
 PRIOR = Prior(np.eye(2, dtype=np.float32), _weights())
@@ -79,22 +76,9 @@ def test_a_network_grows_weights_that_start_at_nothing_and_learn(pred_sigma):
     small = dataclasses.replace(CONFIG, **sizes)
     large = dataclasses.replace(small, mixture=mixture_size(2, True))
     assert can_grow(small, large) and not can_grow(large, small)
-    r = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * r.normal(size=x.shape), jnp.float32), create(small)[1])
-    arrays = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(params)}
-    fresh = create(large, seed=1)[1]
-    grown = merge_parameters(fresh, grow(arrays, small, large, fresh), source="test")
-    clip = make_clip()
-    x, c = jnp.asarray(clip["latents"], jnp.float32), from_clip(clip)
-    prior = Prior(np.eye(2, dtype=np.float32), np.full((x.shape[1], 2, len(SCALES)), 1 / len(SCALES), np.float32))
-    levels = jnp.where(jnp.arange(x.shape[2]) < 2, 0.0, 0.5) * jnp.ones(x.shape[:3])
-
-    def velocity(dit, params):
-        return make_velocity(create(dit)[0], params, dit, prior)(x, levels, c)
-
-    before, after = (jax.jit(velocity, static_argnums=0)(dit, p) for dit, p in ((small, params), (large, grown)))
-    np.testing.assert_array_equal(before, after)
-    gradient = jax.jit(jax.grad(lambda p: jnp.square(velocity(large, p)).sum()))(grown)["final"]["mixture"]["kernel"][...]
+    params, grew = grown(small, large)
+    np.testing.assert_array_equal(velocity(large, grew), velocity(small, params))
+    gradient = jax.jit(jax.grad(lambda p: jnp.square(velocity(large, p)).sum()))(grew)["final"]["mixture"]["kernel"][...]
     assert float(jnp.abs(gradient).max(0).min()) > 0  # each weight at each place of a patch
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from mila_jax.train.state import abstract_model
+from mila_jax.model.stdit3_weights import abstract_model
 from tests.test_model_dit import make_conditions
 from tests.test_model_remat import CONFIG, inner_programs
 

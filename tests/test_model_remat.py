@@ -12,7 +12,7 @@ from mila_jax.model import cpu_gradients
 from mila_jax.model.dit import DiTConfig
 from mila_jax.errors import UserError
 from mila_jax.model.remat import NAMES, parts
-from mila_jax.train.state import abstract_model
+from mila_jax.model.stdit3_weights import abstract_model
 from tests.test_model_dit import make_conditions
 
 CONFIG = DiTConfig(

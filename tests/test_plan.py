@@ -28,7 +28,7 @@ from mila_jax.parallel.mesh import make_mesh
 from mila_jax.views import VIEWS
 
 SMALL = ("--config.model.width=32", "--config.model.depth=2", "--config.model.heads=2", "--config.data.image_size=(32,48)", "--config.train.batch=4")
-SMALL += ("--config.model.ray_rotary=False", "--config.window.frames=8", "--config.window.conditioning=2", "--config.train.optimizer=adamw")
+SMALL += ("--config.model.ray_rotary=False", "--config.model.detail=0", "--config.window.frames=8", "--config.window.conditioning=2", "--config.train.optimizer=adamw")
 PROGRAM = """HloModule m, is_scheduled=true
 
 ENTRY %main (p: f32[8]) -> f32[8] {
@@ -90,6 +90,7 @@ def rotary(sizes):
         ("train", ("--config.model.pred_sigma=True", "--config.model.patch=(2,2,2)", "--config.model.precondition=none"), 0),
         ("train", ("--config.model.precondition=none", "--config.model.ray_rotary=True"), 1e-3),  # the rays' own rotation is left out
         ("train", ("--config.model.precondition=motion", "--config.model.sweep=0", "--config.model.evidence=False", "--config.model.mixture=False"), 0.02),
+        ("train", ("--config.model.precondition=none", "--config.model.detail=8", "--config.model.patch=(2,2,2)"), 0),
         # Solves over t × t frames, rotations of rays and points, misfits and the like are left out.
         ("train", ("--config.model.precondition=motion", "--config.model.sweep=3", "--config.model.evidence=True", "--config.model.mixture=True"), 0.04),
     ],

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from mila_jax.train.checkpoint import Checkpoints
+from mila_jax.train.loop import train
 from mila_jax.train.metrics import read_metrics
 from tests.test_survival import assert_equal, finish, make, state_of  # noqa: F401 make is a fixture
 from tests.train_probe import start
@@ -36,8 +38,9 @@ def start_two(files, *arguments, devices: int = 4):
 def make_sharded(make):  # noqa: F811
     """Batches of eight; parameters are split over the devices of a process, gradients meet across processes."""
 
-    def make_(name, mesh=None, **train):
-        config, file = make(name, **dict(batch=8, epsilon=1e-4, steps=STEPS, checkpoint_every=3) | train)
+    def make_(name, mesh=None, **settings):
+        config, file = make(name, **dict(batch=8, epsilon=1e-4, steps=STEPS, checkpoint_every=3) | settings)
+        config.train.trainable = ("*",)
         config.mesh.update(mesh or dict(data=4, fsdp=2))
         file.write_text(config.to_json())
         return config, file
@@ -45,11 +48,30 @@ def make_sharded(make):  # noqa: F811
     return make_
 
 
+def one_after_the_other(first, *others) -> list:
+    """What two processes run in turn, as their start takes longer than a short run. Each run: a config file, or one for each process, and
+    arguments. Of each the ends (code, stderr) on both."""
+    ends = [finish(p, 1 + len(others))[1] for p in start_two(*first, *(word for run in others for word in ("THEN", *run)))]
+    parts = [re.split(r"^ENDED (\d+)$", err, flags=re.MULTILINE) for err in ends]
+    assert [len(p) for p in parts] == [2 * len(others) + 3] * 2, ends[0][-1500:] + ends[1][-1500:]
+    return [[(int(p[i + 1]), p[i]) for p in parts] for i in range(0, 2 * len(others) + 2, 2)]
+
+
 @pytest.fixture(scope="module")
-def two(make_sharded):
-    """An undisturbed run of two processes: (config, leaves of its state)."""
+def ended(make_sharded):
+    """Two runs that end at once and then one that is undisturbed: (its config, ends of each by name)."""
+    _, odd = make_sharded("odd")
+    other = odd.with_name("other.json")
+    other.write_text(json.dumps(json.loads(odd.read_text()) | {"seed": 1}))
     config, file = make_sharded("two", eval_every=3, eval_steps=2, minutes=60.0)  # whose clock both agree on at each log
-    ends = [finish(p) for p in start_two(file)]
+    ends = one_after_the_other([[odd, other]], [make_sharded("local")[1], "HOOK=own_disk"], [file])
+    return config, dict(zip(("odd", "local", "two"), ends, strict=True))
+
+
+@pytest.fixture(scope="module")
+def two(ended):
+    """An undisturbed run of two processes: (config, leaves of its state)."""
+    config, ends = ended[0], ended[1]["two"]
     assert [code for code, _ in ends] == [0, 0], ends[0][1][-1500:] + ends[1][1][-1500:]
     # Read here, by one process with one device.
     config.mesh.update(dict(data=1, fsdp=1))
@@ -60,9 +82,8 @@ def two(make_sharded):
 
 def test_two_processes_train_what_one_does(two, make_sharded):
     config, leaves = two
-    one, file = make_sharded("one")
-    code, err = finish(start(file, devices=8))
-    assert code == 0, err[-2000:]
+    one, _ = make_sharded("one", dict(data=1, fsdp=1))
+    assert train(one, progress=False).finished
     losses = [{m["step"]: m["loss"] for m in read_metrics(c.train.dir) if "loss" in m} for c in (config, one)]
     np.testing.assert_allclose(list(losses[0].values()), list(losses[1].values()), rtol=1e-5)
     assert losses[0].keys() == losses[1].keys() == set(range(1, STEPS + 1))
@@ -132,38 +153,28 @@ def test_one_process_goes_on_where_two_were_told_to_leave(two, noticed):
     np.testing.assert_allclose(list(losses[1].values()), list(losses[0].values()), rtol=1e-4)
 
 
-def test_processes_that_run_other_settings_end_at_once(make_sharded, tmp_path):
-    _, file = make_sharded("odd")
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 1}))
-    ends = [finish(p) for p in start_two([file, other])]
+def test_processes_that_run_other_settings_end_at_once(ended):
+    ends = ended[1]["odd"]
     assert [code for code, _ in ends] == [2, 2]
     for _, err in ends:
         assert "do not run the same thing: config (process 2 against process 1)" in err and "Traceback" not in err
 
 
-def test_checkpoints_on_storage_that_is_not_shared_end_at_once(make_sharded):
+def test_checkpoints_on_storage_that_is_not_shared_end_at_once(ended):
     """Each process writes to a folder of its own, as two machines with local disks would."""
-    _, file = make_sharded("local")
-    ends = [finish(p) for p in start_two(file, "HOOK=own_disk")]
+    ends = ended[1]["local"]
     assert [code for code, _ in ends] == [2, 2]
     assert all("process 2 does not see what process 1 writes" in err and "train.checkpoints" in err for _, err in ends)
 
 
-def test_a_notice_during_start_up_is_not_lost(two, make_sharded):
+def test_a_notice_during_start_up_is_not_lost_and_a_checkpoint_that_one_process_cannot_read_ends_both_and_stays(two, make_sharded):
     config, file = make_sharded("early", steps=STEPS + 3)
     shutil.copytree(two[0].train.dir, config.train.dir, dirs_exist_ok=True)
-    ends = [finish(p) for p in start_two(file, "HOOK=early_notice")]
-    assert [code for code, _ in ends] == [75, 75], ends[0][1][-1500:] + ends[1][1][-1500:]
-    assert Checkpoints(config.train.dir).latest() == STEPS
-
-
-def test_a_checkpoint_that_one_process_cannot_read_ends_both_and_stays(two, make_sharded):
-    config, file = make_sharded("unreadable", steps=STEPS + 3)
-    shutil.copytree(two[0].train.dir, config.train.dir, dirs_exist_ok=True)
     before = Checkpoints(config.train.dir).steps()
-    ends = [finish(p) for p in start_two(file, "HOOK=blind")]
-    assert [code for code, _ in ends] == [2, 2], ends[0][1][-1500:] + ends[1][1][-1500:]
-    for (_, err), why in zip(ends, ("its own message says why", "no answer"), strict=True):
+    # The notice first: processes that have made steps before count on from them (`Notice.reached`).
+    early, unreadable = one_after_the_other([file, "HOOK=early_notice"], [file, "HOOK=blind"])
+    assert [code for code, _ in early] == [75, 75], early[0][1][-1500:] + early[1][1][-1500:]
+    assert [code for code, _ in unreadable] == [2, 2], unreadable[0][1][-1500:] + unreadable[1][1][-1500:]
+    for (_, err), why in zip(unreadable, ("its own message says why", "no answer"), strict=True):
         assert f"{STEPS} cannot be read by process 2 ({why}), by others it can" in err and "Traceback" not in err
-    assert Checkpoints(config.train.dir).steps() == before and STEPS in before
+    assert Checkpoints(config.train.dir).steps() == before and Checkpoints(config.train.dir).latest() == STEPS

@@ -19,7 +19,7 @@ from mila_jax.model.weights import model_config
 from mila_jax.parallel.aot.sizes import data_description
 from mila_jax.train.published import is_published, published_parameters
 from mila_jax.train.stages import describe, resolve
-from mila_jax.train.state import abstract_model
+from mila_jax.model.stdit3_weights import abstract_model
 from mila_jax.train.tasks import clip_specs, task_name
 from tests.test_model_dit import CONFIG as SMALL
 

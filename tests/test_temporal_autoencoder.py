@@ -1,6 +1,7 @@
 """The temporal autoencoder: recorded numbers, chunks, one latent a frame, and what wrong weights say."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from mila_jax.errors import UserError
 from mila_jax.model.autoencoder_weights import load_autoencoder
 from mila_jax.model.temporal_autoencoder import TemporalCodec, infer_temporal_config, latent_count, load_temporal, temporal_from_published
 from mila_jax.parity.__main__ import check_file
+from mila_jax.prepare import note_scale
 from tests.conftest import DATA
 
 
@@ -51,6 +53,13 @@ def test_one_latent_a_frame(parts):
     single = jax.jit(codec.encode)(x[:, 1:2])
     np.testing.assert_allclose(z[:, 1:2], single, atol=1e-5)
     assert codec.decode(z, 3).shape == x.shape
+
+
+def test_pictures_of_another_scale_are_noted(capsys):
+    """An autoencoder of SDXL's own factor under weights that were trained with Open-Sora's."""
+    for factor, told in ((0.18215, 0), (0.13025, 1)):
+        note_scale(types.SimpleNamespace(scale=np.full(4, 1 / factor, np.float32), shift=np.zeros(4, np.float32)))
+        assert capsys.readouterr().err.count("times 0.18215") == told
 
 
 def test_chunks_do_not_see_each_other(parts):

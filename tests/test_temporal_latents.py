@@ -191,6 +191,7 @@ def test_frames_are_shown_in_order(given, strategy):
 def trained(chunked):
     config = chunked.copy_and_resolve_references()
     config.train.steps, config.train.eval_every, config.train.eval_steps, config.train.eval_batches = 2, 2, 1, 1
+    config.train.trainable = ("final.*",)  # a gradient through the whole network is most of the step, and not what this is about
     config.generate.weights = str(train(config, progress=False).model)
     return config
 
@@ -305,5 +306,6 @@ def test_one_latent_a_frame(small_config, tmp_path):
     assert found["chunks"] is None and found["latents"].shape == plain["latents"].shape
     video = open_video_codec(config, open_codec(config))
     latents = plain["latents"].astype(np.float32).swapaxes(0, 1)
-    np.testing.assert_allclose(video.encode(latents[:, 20:21])[:, 0], found["latents"][20], atol=3e-2)
-    assert video.decode(video.encode(latents)).shape == latents.shape
+    encoded = video.encode(latents)
+    np.testing.assert_allclose(encoded[:, 20], found["latents"][20], atol=3e-2)
+    assert video.decode(encoded).shape == latents.shape

@@ -12,6 +12,7 @@ from flax import nnx
 
 from mila_jax.errors import UserError
 from mila_jax.parallel.mesh import make_mesh
+from mila_jax.train import step as step_module
 from mila_jax.train.optimizer import in_bfloat16, like_parameters, make_optimizer, round_stochastically
 from mila_jax.train.stages import describe, resolve
 from mila_jax.train.state import abstract_model, create_state, state_shardings
@@ -56,28 +57,56 @@ def make_state(mesh, parameters, trainable=None, tx=None):
         return create_state(mesh, TINY, tx or adam(), 0, parameters, trainable)
 
 
+def whole(mesh, parameters, plain_step, clip):
+    """Loss and gradient of a batch in one part, from the plain step: Adam's first moment after the first step is a tenth of the gradient."""
+    state, metrics = plain_step(make_state(mesh, parameters), clip, KEY)
+    assert int(metrics["skipped"]) == 0
+    return metrics["loss"], jax.tree.map(lambda m: np.asarray(m) / np.float32(1 - 0.9), state.opt_state[0].mu)
+
+
+@pytest.fixture(scope="module")
+def in_parts(parameters):
+    """The same of a batch in four parts, as a function of the batch."""
+    static = dict(graphdef=abstract_model(TINY)[0], config=TINY, prior=None, objective=OBJECTIVE, accumulate=4)
+    program = jax.jit(functools.partial(gradients, **static))
+    return lambda clip: program(parameters, parameters, clip, jax.random.fold_in(KEY, 0))
+
+
+@pytest.fixture(scope="module")
+def gradient(mesh, parameters, plain_step):
+    """Loss and gradient of the batch that all optimizers are tried on."""
+    return whole(mesh, parameters, plain_step, make_clip())
+
+
+def step_with(tx, state, gradient, trainable=None):
+    """A step with optimizer `tx` on a loss and gradient that are known: the network, most of the program, is the same with all."""
+    loss, whole = gradient
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "gradients", lambda selected, params, clip, key, **static: clip)
+        return make_step(trainable, tx)(state, (loss, trainable.select(whole) if trainable else whole), KEY)
+
+
+@pytest.fixture(scope="module")
+def few(parameters):
+    """Parameters of each kind, which are enough to see of what type moments are: the fewer, the smaller the program."""
+    return resolve(parameters, ("pairs.spatial.attn.*", "final.*"), TINY.depth)
+
+
 def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(parameters):
-    graphdef, _ = abstract_model(TINY)
-    static = dict(graphdef=graphdef, config=TINY, prior=None, objective=OBJECTIVE)
-    (whole, expected), (parts, got) = (
-        jax.jit(functools.partial(gradients, **static, accumulate=k))(parameters, parameters, make_clip(), KEY) for k in (1, 4)
-    )
-    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(gradient, in_parts):
+    (loss, expected), (parts, got) = gradient, in_parts(make_clip())
+    np.testing.assert_allclose(parts, loss, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
-def test_parts_weigh_by_their_noisy_frames(parameters):
+def test_parts_weigh_by_their_noisy_frames(mesh, parameters, plain_step, in_parts):
     """Samples with three clean frames of four count a third of those with one: the mean of the parts' means is another number."""
-    clip = make_clip() | {"conditioning": np.array([1, 3, 1, 3], np.int32)}
-    graphdef, _ = abstract_model(TINY)
-    static = dict(graphdef=graphdef, config=TINY, prior=None, objective=dataclasses.replace(OBJECTIVE, anchor_rate=0.0))
-    whole, parts = (float(jax.jit(functools.partial(gradients, **static, accumulate=k))(parameters, parameters, clip, KEY)[0]) for k in (1, 2))
-    assert parts == pytest.approx(whole, rel=1e-5)
+    clip = make_clip() | {"conditioning": np.array([1, 3, 1, 3], np.int32), "fps": np.full(4, 2.0, np.float32)}  # at which no frame is an anchor
+    assert float(in_parts(clip)[0]) == pytest.approx(float(whole(mesh, parameters, plain_step, clip)[0]), rel=1e-5)
 
 
 def test_each_device_splits_its_own_rows():
@@ -109,7 +138,9 @@ def test_a_loss_far_above_the_average_is_skipped_once_there_is_one(mesh, paramet
     young, metrics = plain_step(state, far, KEY)
     assert int(metrics["skipped"]) == 0  # nothing to compare with yet
     _, metrics = plain_step(state, make_clip(), KEY)
-    settled = dataclasses.replace(state, step=jnp.int32(YOUNG), health=dataclasses.replace(state.health, average=jnp.float32(metrics["loss"])))
+    step = jax.device_put(np.int32(YOUNG), state.step.sharding)  # laid out as before, or the step would be compiled again
+    average = jax.device_put(metrics["loss"], state.health.average.sharding)
+    settled = dataclasses.replace(state, step=step, health=dataclasses.replace(state.health, average=average))
     kept, metrics = plain_step(settled, far, KEY)
     assert int(metrics["skipped_in_row"]) == 1 and same(kept.params, settled.params)
     _, metrics = plain_step(settled, make_clip(), KEY)
@@ -174,9 +205,9 @@ def test_stochastic_rounding_keeps_the_mean_and_exact_numbers():
     assert np.array_equal(np.asarray(round_stochastically(exact, jnp.uint32(7)), np.float32), exact)
 
 
-def test_a_step_with_moments_in_bfloat16(mesh, parameters):
+def test_a_step_with_moments_in_bfloat16(mesh, parameters, gradient, few):
     tx = in_bfloat16(adam())
-    state, metrics = make_step(tx=tx)(make_state(mesh, parameters, tx=tx), make_clip(), KEY)
+    state, metrics = step_with(tx, make_state(mesh, parameters, few, tx), gradient, few)
     assert np.isfinite(metrics["loss"]) and {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
 
@@ -194,10 +225,12 @@ def muon(config, **changes):
     return make_optimizer(train)
 
 
-def test_muon_steps_along_all_directions_of_a_matrix_alike(mesh, parameters, small_config):
+def test_muon_steps_along_all_directions_of_a_matrix_alike(mesh, parameters, gradient, small_config):
     tx = muon(small_config)
-    before = make_state(mesh, parameters, tx=tx)
-    after, metrics = make_step(tx=tx)(before, make_clip(), KEY)
+    looked_at = ("pairs.spatial.attn.*", "pairs.spatial.cross.*", "pairs.spatial.table", "pairs.temporal.mlp.*", "final.*")
+    trainable = resolve(parameters, looked_at, TINY.depth)
+    before = make_state(mesh, parameters, trainable, tx)
+    after, metrics = step_with(tx, before, gradient, trainable)
     assert int(metrics["skipped"]) == 0
     old, width = dict(nnx.to_flat_state(before.params)), TINY.width
     steps = {path: np.asarray(v[...]) - np.asarray(old[path][...]) for path, v in nnx.to_flat_state(after.params)}
@@ -234,11 +267,11 @@ def test_moments_of_muon_lie_as_their_parameters(small_config):
     assert jax.tree.structure(shardings.opt_state) == jax.tree.structure(state)
 
 
-def test_muon_with_moments_in_bfloat16_keeps_its_constants(mesh, parameters, small_config):
+def test_muon_with_moments_in_bfloat16_keeps_its_constants(mesh, parameters, gradient, few, small_config):
     tx = muon(small_config, moments="bfloat16")
-    step, state = make_step(tx=tx), make_state(mesh, parameters, tx=tx)
+    state = make_state(mesh, parameters, few, tx)
     constants = [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.float32]
-    state, metrics = step(state, make_clip(), KEY)
+    state, metrics = step_with(tx, state, gradient, few)
     assert np.isfinite(metrics["loss"]) and {x.shape for x in constants} == {(3,)}
     assert same(constants, [x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.float32])
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(state.opt_state) if x.ndim > 1)
@@ -254,8 +287,8 @@ def test_unknown_optimizer(small_config):
 def test_first_frames_are_noised_in_a_share_of_the_samples_and_never_counted():
     clip = jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x)] * 64), make_clip())
     first = jnp.arange(clip["latents"].shape[2]) < clip["conditioning"][:, None]
-    plain = draw(clip, KEY, OBJECTIVE)
-    noised = draw(clip, KEY, dataclasses.replace(OBJECTIVE, context_rate=0.5, context_level=0.2))
+    drawn = jax.jit(draw, static_argnums=2)
+    plain, noised = (drawn(clip, KEY, objective) for objective in (OBJECTIVE, dataclasses.replace(OBJECTIVE, context_rate=0.5, context_level=0.2)))
     np.testing.assert_array_equal(jnp.where(first, 0, noised.levels), jnp.where(first, 0, plain.levels))
     np.testing.assert_array_equal(noised.clean, plain.clean)  # so they stay out of the loss
     levels = np.asarray(jnp.where(first, noised.levels, 0).max(-1))

@@ -1,13 +1,16 @@
 """A training run in a process of its own, to be killed, interrupted, or started several times over as one run of several processes.
 
-`python -m tests.train_probe CONFIG.json [key=value …]`; keys of the section `train`, or HOOK=name for one of `HOOKS`. Exit codes are those of
-`mila train`. MILA_COORDINATOR and its companions make it one of several processes.
+`python -m tests.train_probe CONFIG.json [key=value …] [THEN CONFIG.json …]`; keys of the section `train`, or HOOK=name for one of `HOOKS`. Exit
+codes are those of `mila train`. Of runs one after the other, each ends with a line `ENDED code` on stderr. MILA_COORDINATOR and its companions make
+it one of several processes.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +24,9 @@ CACHE = os.environ.get("MILA_TEST_CACHE", pathlib.Path.home() / ".cache" / "mila
 
 
 def environment(devices: int = 1, **more) -> dict:
-    """For a child: CPU with so many devices, compiled programs kept between tests. Of several processes only the first keeps them, so that
-    unoptimised machine code, which compiles in half the time, is what is used with several devices."""
-    return host_devices(devices, optimized=devices == 1) | {"MILA_CACHE": str(CACHE), "PYTHONUNBUFFERED": "1"} | more
+    """For a child: CPU with so many devices, compiled programs kept between tests, and machine code that is hardly optimised, which compiles in
+    half the time."""
+    return host_devices(devices) | {"MILA_CACHE": str(CACHE), "PYTHONUNBUFFERED": "1"} | more
 
 
 def start(config_file, *arguments, devices: int = 1, **env) -> subprocess.Popen:
@@ -42,8 +45,6 @@ def small_files() -> None:
 
 def full_disk() -> None:
     """The disk says that it has a kilobyte left."""
-    import shutil
-
     usage = shutil.disk_usage
     shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
 
@@ -120,29 +121,29 @@ def own_disk() -> None:
     Trainer.checkpoints = property(lambda self: shared(self) / os.environ["MILA_PROCESS_ID"])
 
 
+def interrupt_at_three() -> None:
+    """Ctrl-C comes while step 3 is prepared."""
+    _at_step(3, signal.SIGINT)
+
+
 def terminate_at_five() -> None:
     """A notice to leave comes while step 5 is prepared."""
-    _at_step_five(signal.SIGTERM)
+    _at_step(5, signal.SIGTERM)
 
 
-def interrupt_at_five() -> None:
-    """Ctrl-C comes while step 5 is prepared."""
-    _at_step_five(signal.SIGINT)
+def kill_at_seven() -> None:
+    """The process dies while step 7 is prepared."""
+    _at_step(7, signal.SIGKILL)
 
 
-def kill_at_five() -> None:
-    """The process dies while step 5 is prepared."""
-    _at_step_five(signal.SIGKILL)
-
-
-def _at_step_five(number: int) -> None:
+def _at_step(step: int, number: int) -> None:
     from mila_jax.train.trainer import Trainer
 
     batches = Trainer.batches
 
     def hooked(self, source, first_step):
         for count, batch in enumerate(batches(self, source, first_step), first_step + 1):
-            if count == 5 and first_step < 5:
+            if count == step and first_step < step:
                 os.kill(os.getpid(), number)
             yield batch
 
@@ -151,31 +152,67 @@ def _at_step_five(number: int) -> None:
 
 HOOKS = {
     f.__name__: f
-    for f in (small_files, full_disk, broken_batches, slow, early_notice, blind, own_disk, terminate_at_five, interrupt_at_five, kill_at_five)
+    for f in (small_files, full_disk, broken_batches, slow, early_notice, blind, own_disk, interrupt_at_three, terminate_at_five, kill_at_seven)
 }
 
 
-def main() -> int:
-    from mila_jax import runtime
-    from mila_jax.errors import UserError
+@contextlib.contextmanager
+def hooks_undone():
+    """What hooks replace comes back afterwards."""
+    from mila_jax.train import checkpoint
+    from mila_jax.train.trainer import Trainer
 
-    runtime.setup()
-    config = ml_collections.ConfigDict(json.loads(pathlib.Path(sys.argv[1]).read_text()))
-    for argument in sys.argv[2:]:
-        key, value = argument.split("=", 1)
-        if key == "HOOK":
-            HOOKS[value]()
-        else:
-            config.train[key] = json.loads(value)
-    from mila_jax.parallel import distributed
+    places = (Trainer, "batches"), (Trainer, "checkpoints"), (checkpoint.Checkpoints, "restore"), (checkpoint.Checkpoints, "_restore")
+    places += (checkpoint, "PAUSES"), (shutil, "disk_usage")
+    before = [vars(owner)[name] for owner, name in places]
+    try:
+        yield
+    finally:
+        for (owner, name), value in zip(places, before, strict=True):
+            setattr(owner, name, value)
+
+
+def run(file, *arguments) -> int:
+    """One run; its exit code."""
+    from mila_jax.errors import UserError
     from mila_jax.train.loop import train
 
-    try:
-        distributed.start(timeout=60)
-        return train(config, progress=False).code
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = ml_collections.ConfigDict(json.loads(pathlib.Path(file).read_text()))
+    with hooks_undone():
+        for argument in arguments:
+            key, value = argument.split("=", 1)
+            if key == "HOOK":
+                HOOKS[value]()
+            else:
+                config.train[key] = json.loads(value)
+        try:
+            return train(config, progress=False).code
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+
+def main() -> int:
+    import jax
+
+    from mila_jax import runtime
+
+    runtime.setup()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # children are many, and each needs the same small programs
+    from mila_jax.parallel import distributed
+
+    distributed.start(timeout=60)
+    runs = [[]]
+    for argument in sys.argv[1:]:
+        if argument == "THEN":
+            runs.append([])
+        else:
+            runs[-1].append(argument)
+    for arguments in runs:
+        code = run(*arguments)
+        if len(runs) > 1:
+            print(f"\nENDED {code}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ decoder. Full-resolution convolutions over few channels are what a small machine
 """
 
 import dataclasses
+import functools
 
 import einops
 import jax
@@ -267,6 +268,12 @@ def make_autoencoder(config: AutoencoderConfig, seed: int = 0) -> tuple[nnx.Grap
     return abstract_autoencoder(config)[0], make()
 
 
+@functools.cache
+def _abstract(config: AutoencoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0))))
+
+
 def abstract_autoencoder(config: AutoencoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """(graphdef, shapes) without allocating: `shapes` holds jax.ShapeDtypeStruct leaves."""
-    return nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0))))
+    graphdef, shapes = _abstract(config)
+    return graphdef, jax.tree.map(lambda x: x, shapes)  # a tree of its own: states can be changed in place

@@ -18,6 +18,7 @@ from mila_jax.errors import UserError
 from mila_jax.model.attention import KERNELS, SPATIAL, TEMPORAL, TEMPORAL_KERNELS, TEXT_KERNELS, CrossAttention, SelfAttention
 from mila_jax.model.conditions import Conditions
 from mila_jax.model.cpu_gradients import for_one_cpu
+from mila_jax.model.detail import Detail
 from mila_jax.model.gather import gathered
 from mila_jax.model.motion import camera_rays
 from mila_jax.model.norms import layer_norm, modulated_norm
@@ -42,6 +43,7 @@ class DiTConfig:
     sweep: int = 0  # of the in_channels, corridors of a preconditioned network (mila_jax/model/precondition.py),
     evidence: bool = False  # and whether which of them is right is told (mila_jax/model/evidence.py)
     mixture: int = 0  # guesses of the sweep that it weighs at each place, in outputs of their own behind the others
+    detail: int = 0  # channels of convolutions at every place of the latents (mila_jax/model/detail.py); 0 = none
     text_width: int = 4096
     text_length: int = 300
     mlp_ratio: float = 4.0
@@ -64,6 +66,8 @@ class DiTConfig:
         for key in ("width", "depth", "heads"):
             if getattr(self, key) < 1:
                 raise UserError(f"model.{key}={getattr(self, key)} must be at least 1")
+        if self.detail < 0:
+            raise UserError(f"model.detail={self.detail} must be a number of channels, or 0 for none")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"model.dtype={self.dtype!r} is unknown; use float32 or bfloat16")
         if self.width % self.heads:
@@ -208,6 +212,8 @@ class DiT(nnx.Module):
         self.final = Linear(d, patch * outputs, ("embed", None), rngs=rngs)
         if config.mixture:  # of the way out, too, so that whatever trains that trains both; nothing at the start
             self.final.mixture = Linear(d, patch * config.mixture, ("embed", None), rngs=rngs, init=zeros)
+        if config.detail:
+            self.final.detail = Detail(config.in_channels, config.detail, d, config.patch, outputs + config.mixture, rngs=rngs)
 
     def __call__(self, x, timesteps, conditions: Conditions):
         """x [b, v, t, h, w, c], timesteps [b, v, t] in 0..1000 (0 = clean frame) → [b, v, t, h, w, out] float32.
@@ -220,13 +226,17 @@ class DiT(nnx.Module):
         b, v, t, h, w, _ = x.shape
         pt, ph, pw = cfg.patch
         pad = [(0, 0), (0, 0), (0, -t % pt), (0, -h % ph), (0, -w % pw), (0, 0)]
-        x = rearrange(jnp.pad(x, pad), "b v (t pt) (h ph) (w pw) c -> b t v h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        seen = jnp.pad(x, pad)
+        x = rearrange(seen, "b v (t pt) (h ph) (w pw) c -> b t v h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
         rows, columns = x.shape[3:5]
         per_frame = ("batch", None, None, None)  # embeddings [b, t, v, d] are small: whole, so that both kinds of block find theirs
         # Stated at both ends of the network: left to itself, the CPU partitioner drops part of the sum over `context` in the
         # gradients of the first and the last kernel (jax 0.10; tests/test_train.py compares meshes).
         x = constrain(rearrange(x.astype(dtype), "b t v h w p -> b t v (h w) p"), *STREAM_SPATIAL)
         x = constrain(self.patch(x), *STREAM_SPATIAL)
+        if cfg.detail:
+            features, more = self.final.detail.look(seen.astype(dtype))
+            x = constrain(x + more, *STREAM_SPATIAL)
         x = x + position_table(rows, columns, cfg.width, cfg.image_size, cfg.input_sq_size).astype(dtype)
         if self.conditions is not None:
             x = x + constrain(self.conditions(conditions, dtype), *per_frame)[:, ::pt, :, None, :]
@@ -265,4 +275,7 @@ class DiT(nnx.Module):
         heads = [self.final(x), self.final.mixture(x)] if cfg.mixture else [self.final(x)]
         heads = [constrain(y, *STREAM_SPATIAL).astype(jnp.float32) for y in heads]
         heads = [rearrange(y, "b t v (h w) (pt ph pw c) -> b v (t pt) (h ph) (w pw) c", h=rows, w=columns, pt=pt, ph=ph, pw=pw) for y in heads]
-        return jnp.concatenate(heads, -1)[:, :, :t, :h, :w]
+        out = jnp.concatenate(heads, -1)
+        if cfg.detail:
+            out = out + self.final.detail(features, x).astype(jnp.float32)
+        return out[:, :, :t, :h, :w]

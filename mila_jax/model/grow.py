@@ -18,7 +18,8 @@ def can_grow(small: DiTConfig, large: DiTConfig) -> bool:
     same = all(getattr(small, key) == getattr(large, key) for key in sizes)
     # Corridors come before what evidence adds, so that they can be added only while there is none.
     same &= small.sweep == large.sweep and large.evidence if small.evidence else small.sweep <= large.sweep
-    same &= small.mixture in (0, large.mixture)
+    same &= small.mixture in (0, large.mixture) and small.detail in (0, large.detail)
+    same &= not small.detail or (small.in_channels, small.mixture) == (large.in_channels, large.mixture)  # which its kernels are made for
     return same and small.depth <= large.depth and small.in_channels <= large.in_channels
 
 
@@ -31,6 +32,8 @@ def grow(arrays: dict, small: DiTConfig, large: DiTConfig, fresh: nnx.State) -> 
         grown["patch.kernel"] = jnp.concatenate([kernel, jnp.zeros((more, kernel.shape[1]), kernel.dtype)])
     if large.mixture > small.mixture:
         grown |= {f"final.mixture.{name}": value[...] for name, value in fresh["final"]["mixture"].items()}  # which start at zero
+    if large.detail > small.detail:
+        grown |= {f"final.detail.{'.'.join(map(str, path))}": value[...] for path, value in nnx.to_flat_state(fresh["final"]["detail"])}
     if large.depth > small.depth:
         for path, value in nnx.to_flat_state(fresh):
             name = ".".join(map(str, path))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mila_jax.errors import UserError
-from mila_jax.model.dit import DiT, DiTConfig
+from mila_jax.model.dit import DiTConfig
 from mila_jax.model.motion import CORRIDORS
 from mila_jax.model.precondition import Prior, input_channels, mixture_size, preconditioned
 
@@ -32,7 +32,7 @@ def dit_config(model, latent_channels: int, image_size, text_width: int, text_le
         width=model.width, depth=model.depth, heads=model.heads, patch=tuple(model.patch),
         in_channels=input_channels(latent_channels, sweep, evidence) if motion else latent_channels, out_channels=latent_channels,
         sweep=sweep if motion else 0, evidence=evidence and motion,
-        mixture=mixture_size(sweep, evidence) if mixture and motion else 0,
+        mixture=mixture_size(sweep, evidence) if mixture and motion else 0, detail=model.get("detail", 0),
         text_width=text_width, text_length=text_length, mlp_ratio=model.mlp_ratio, image_size=tuple(image_size),
         input_sq_size=model.input_sq_size, pred_sigma=model.pred_sigma, qk_norm=model.qk_norm,
         fourier_bands=model.fourier_bands, ray_rotary=model.get("ray_rotary", False), dtype=model.dtype, remat=model.remat,

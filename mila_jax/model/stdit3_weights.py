@@ -6,6 +6,7 @@ published block is row i of each stacked array. The embeddings that MiLA adds ar
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -139,10 +140,21 @@ def save(params: nnx.State, config: DiTConfig) -> dict[str, np.ndarray]:
     return out
 
 
+@functools.cache
+def _abstract(config: DiTConfig):
+    with nnx.use_eager_sharding(False):
+        return jax.eval_shape(lambda: nnx.split(DiT(config, rngs=nnx.Rngs(0))))
+
+
+def abstract_model(config: DiTConfig):
+    """(graphdef, parameter shapes) of a `DiT` without allocating anything."""
+    graphdef, shapes = _abstract(config)
+    return graphdef, jax.tree.map(lambda x: x, shapes)  # a tree of its own: states can be changed in place
+
+
 def abstract_parameters(config: DiTConfig) -> nnx.State:
     """The parameter tree of a `DiT` with shapes in place of values."""
-    with nnx.use_eager_sharding(False):
-        return jax.eval_shape(lambda: nnx.state(DiT(config, rngs=nnx.Rngs(0))))
+    return abstract_model(config)[1]
 
 
 def create(config: DiTConfig, seed: int = 0):

@@ -22,7 +22,7 @@ from mila_jax.errors import UserError
 from mila_jax.model.dit import DiTConfig
 from mila_jax.model.network import dit_config, make_velocity
 from mila_jax.model.precondition import Prior
-from mila_jax.model.stdit3_weights import create
+from mila_jax.model.stdit3_weights import abstract_model
 from mila_jax.model.weight_files import local_file
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "weights"
@@ -83,7 +83,7 @@ def load_model(path) -> WorldModel:
     config = ml_collections.ConfigDict(json.loads(header["config"]))
     data = json.loads(header["data"])
     dit = model_config(config, data)
-    graphdef, params = create(dit)
+    graphdef, params = abstract_model(dit)
     prior = {name: tensors.pop(f"prior.{name}", None) for name in Prior._fields}
     prior = None if prior["weights"] is None else Prior(**prior)
     loaded = {k.removeprefix("parameters."): v for k, v in tensors.items()}
@@ -121,7 +121,7 @@ def _read(path: pathlib.Path, take):
 def merge_parameters(params: nnx.State, arrays: dict, *, source: str) -> nnx.State:
     """`params` with the values of `arrays` (dotted names). Raises `UserError` with the names that are missing, extra or misshapen."""
     flat = {".".join(map(str, k)): (k, v) for k, v in nnx.to_flat_state(params)}
-    wrong = sorted(set(flat) ^ set(arrays)) + [n for n in set(flat) & set(arrays) if flat[n][1][...].shape != arrays[n].shape]
+    wrong = sorted(set(flat) ^ set(arrays)) + [n for n in set(flat) & set(arrays) if flat[n][1].shape != arrays[n].shape]
     if wrong:
         raise UserError(f"{source} does not fit the model: missing, unknown or misshapen {', '.join(wrong[:8])} ({len(wrong)} in all)")
     return nnx.from_flat_state({k: v.replace(jnp.asarray(arrays[n], jnp.float32)) for n, (k, v) in flat.items()})

@@ -9,13 +9,13 @@ import math
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
+from mila_jax.model.stdit3_weights import abstract_model
 from mila_jax.model.weights import model_config
 from mila_jax.parallel.aot.sizes import data_description
 from mila_jax.parallel.logical import AXES, mesh_axes, rules_from_config, spec, use_rules
 from mila_jax.parallel.mesh import axis_sizes, check_divides
 from mila_jax.train.optimizer import like_parameters, make_optimizer
 from mila_jax.train.stages import resolve
-from mila_jax.train.state import abstract_model
 from mila_jax.views import VIEWS
 
 MIB = 1 << 20

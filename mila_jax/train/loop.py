@@ -369,6 +369,7 @@ def _check_same_run(folder, beside_checkpoint: dict | None, config, now: dict) -
     absent = {
         "model.evidence": False,
         "model.mixture": False,
+        "model.detail": 0,
         "window.inner_anchors": False,
     }  # settings that older runs do not name, and what they were
     different = [

@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from mila_jax.model.dit import DiT, DiTConfig
+from mila_jax.model.stdit3_weights import abstract_model
 from mila_jax.parallel.mesh import parameter_shardings, replicated
 from mila_jax.train.optimizer import like_parameters
 from mila_jax.train.stages import Trainable
@@ -43,12 +44,6 @@ def fresh_health() -> Health:
 
 def _build(config: DiTConfig, key):
     return nnx.split(DiT(config, rngs=nnx.Rngs(key)))
-
-
-def abstract_model(config: DiTConfig):
-    """(graphdef, parameter shapes) of a `DiT` without allocating anything."""
-    with nnx.use_eager_sharding(False):
-        return jax.eval_shape(lambda: _build(config, 0))
 
 
 def _selected(trainable: Trainable | None, params):

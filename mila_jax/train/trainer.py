@@ -18,7 +18,7 @@ from mila_jax.chunks import chunks_of
 from mila_jax.errors import UserError
 from mila_jax.model.grow import can_grow, grow
 from mila_jax.model.precondition import Prior, measure_prior
-from mila_jax.model.stdit3_weights import create
+from mila_jax.model.stdit3_weights import abstract_model, create
 from mila_jax.model.weights import load_model, merge_parameters, model_config, read_card, save_model
 from mila_jax.parallel import distributed
 from mila_jax.parallel.logical import rules_from_config, use_rules, with_rules
@@ -29,7 +29,7 @@ from mila_jax.train.folder import RunFolder
 from mila_jax.train.optimizer import make_optimizer
 from mila_jax.train.published import is_published, published_parameters
 from mila_jax.train.stages import resolve
-from mila_jax.train.state import abstract_model, create_state, state_shardings
+from mila_jax.train.state import create_state, state_shardings
 from mila_jax.train.tasks import clip_specs
 
 
@@ -127,13 +127,13 @@ class Trainer:
             self._check_start(start.data)
             given = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(start.params)}
             fresh = create(self.dit, self.config.seed)[1]
-            seen = [(dit.sweep, dit.evidence, dit.mixture > 0) for dit in (start.dit, self.dit)]
+            seen = [(dit.sweep, dit.evidence, dit.mixture > 0, dit.detail) for dit in (start.dit, self.dit)]
             grows = can_grow(start.dit, self.dit)
             if seen[0] != seen[1] and not grows:
                 raise UserError(
-                    f"{source} has model.sweep={seen[0][0]}, model.evidence={seen[0][1]}, model.mixture={seen[0][2]}, which cannot go on with "
-                    f"{', '.join(map(str, seen[1]))}: corridors can be added where there is neither evidence nor a mixture yet, evidence where there is "
-                    "neither, a mixture where there is none, and nothing taken away"
+                    f"{source} has model.sweep={seen[0][0]}, model.evidence={seen[0][1]}, model.mixture={seen[0][2]}, model.detail={seen[0][3]}, which "
+                    f"cannot go on with {', '.join(map(str, seen[1]))}: corridors, evidence, a mixture and detail can be added in this order, each where "
+                    "those after it are not there yet, and nothing taken away"
                 )
             params = merge_parameters(fresh, grow(given, start.dit, self.dit, fresh) if grows else given, source=source)
         if params is not None:

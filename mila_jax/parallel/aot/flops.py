@@ -7,6 +7,7 @@ stale unnoticed. Utilisation is always these operations over time × peak: recom
 import dataclasses
 import math
 
+from mila_jax.model.detail import BLOCKS
 from mila_jax.model.dit import DiTConfig
 from mila_jax.parallel.aot.sizes import Sizes
 from mila_jax.views import VIEWS
@@ -72,6 +73,11 @@ def matmuls(dit: DiTConfig, sizes: Sizes) -> list[Matmul]:
         out += [Matmul(f"{kind}.cross.proj", rows, d, d, dit.depth)]
         out += _mlp(f"{kind}.mlp", rows, d, int(d * dit.mlp_ratio), d, dit.depth)
     out += [Matmul("final", rows, d, patch * outputs)]
+    if dit.detail:  # at every place of the padded latents
+        wide, taps = rows * patch, 9 * dit.detail
+        out += [Matmul("detail.seen", wide, dit.in_channels, dit.detail, 1, 1), Matmul("detail.enter", rows, patch * dit.detail, d)]
+        out += [Matmul("detail.convolutions", wide, taps, dit.detail, 2 * (1 + BLOCKS)), Matmul("detail.tokens", rows, d, patch * dit.detail)]
+        out += [Matmul("detail.leave", wide, dit.detail, outputs)]
     if dit.in_channels != dit.out_channels:  # preconditioned: means of x, of v and of each corridor from all frames, and two changes of basis
         means = 2 + dit.sweep
         everything = b * v * sizes.frames * height * width

@@ -14,6 +14,7 @@ from mila_jax.flow.sampler import sample_window
 from mila_jax.model.conditions import Conditions
 from mila_jax.model.dit import DiTConfig
 from mila_jax.model.precondition import SCALES, Prior
+from mila_jax.model.stdit3_weights import abstract_model
 from mila_jax.parallel.aot.sizes import Sizes
 from mila_jax.parallel.compiler_options import options_of
 from mila_jax.parallel.logical import rules_from_config, spec, use_rules, with_rules
@@ -21,7 +22,7 @@ from mila_jax.parallel.mesh import batch_sharding, replicated
 from mila_jax.rollout_program import Layout, Network, Parameters, evaluations, generation_rules, generation_velocity
 from mila_jax.train.optimizer import make_optimizer
 from mila_jax.train.stages import resolve
-from mila_jax.train.state import abstract_model, abstract_state, state_shardings
+from mila_jax.train.state import abstract_state, state_shardings
 from mila_jax.train.step import Objective, jit_train_step
 from mila_jax.views import VIEWS
 
