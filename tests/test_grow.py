@@ -78,7 +78,7 @@ def test_a_start_with_other_corridors_that_cannot_grow_is_refused_by_name(tmp_pa
         config=types.SimpleNamespace(train=types.SimpleNamespace(init_from=str(SHIPPED)), seed=0),
         dit=dataclasses.replace(load_model(SHIPPED).dit, sweep=4), _check_start=lambda described: None,
     )  # fmt: skip
-    with pytest.raises(UserError, match="model.sweep=9, model.evidence=True, model.mixture=.*, model.detail=0, which cannot go on with 4"):
+    with pytest.raises(UserError, match="model.sweep=9, model.evidence=True, model.mixture=.*, model.detail=64, which cannot go on with 4"):
         Trainer.initial_state(trainer)
 
 

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.tpu_backend
 
 SMALL = (
     "--config.model.width=128", "--config.model.depth=3", "--config.model.heads=4", "--config.model.ray_rotary=False", "--config.model.precondition=none", "--config.model.dtype=bfloat16",
+    "--config.model.detail=0",
     "--config.train.optimizer=adamw", "--config.window.frames=4", "--config.window.conditioning=2", "--config.window.anchor_stride=2", "--config.train.batch=4", "--config.mesh.fsdp=4",
 )  # fmt: skip
 SLICE = parse_topology("v5p:2x2x1")
