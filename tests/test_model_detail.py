@@ -47,7 +47,7 @@ def test_a_network_grows_it_from_nothing_and_every_part_learns():
 
 @pytest.mark.parametrize("patch, height, width", [((1, 2, 2), 3, 5), ((2, 1, 2), 4, 8)])
 def test_sizes_are_padded_to_the_patch_and_cropped(patch, height, width):
-    """What is cropped away does not matter to the rest, and three frames in patches of two are three frames."""
+    """Three frames in patches of two come out as three, and the convolutions say something of each."""
     config = dataclasses.replace(LARGE, patch=patch)
     clip = make_clip(SIZES | dict(t=3, h=height, w=width))
     graphdef, params = create(config)
@@ -57,7 +57,7 @@ def test_sizes_are_padded_to_the_patch_and_cropped(patch, height, width):
     assert out.shape == clip["latents"].shape
     params["final"]["detail"]["leave"]["kernel"][...] *= 2
     other = forward(params)
-    assert float(jnp.abs(other - out).max((0, 1, 3, 4, 5)).min()) > 0  # it says something of each frame
+    assert float(jnp.abs(other - out).max((0, 1, 3, 4, 5)).min()) > 0
 
 
 def test_a_negative_width_is_refused():
